@@ -1,0 +1,368 @@
+"""Supervised fine-tuning of a Qwen chat model (or any other with a chat template), whole or by LoRA.
+
+    bash train.sh                                  one process
+    bash train_zero2.sh                            DeepSpeed ZeRO-2 on all GPUs, or on 2 CPU processes
+    MODEL=Qwen/Qwen2.5-7B-Instruct DATA=my_data bash train_zero2.sh --num_train_epochs 1
+    python train.py config.yaml                    the same flags from a file
+
+The way of the data: files -> data.load_splits (labels on the assistant's words only) -> batch (dealt to the ranks, laid
+end to end without padding) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    IntervalStrategy,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from batch import BalancedBatchSampler, collate_packed, pack_best_fit
+from checkpoint import WholeCheckpoints, find_checkpoint, lock_output_dir
+from data import IGNORE_INDEX, UserError, column, load_splits
+from model import install_supervised_head, load_model, load_tokenizer, tiny_model_folder
+from report import SpeedProgress, print_first_screen, save_report
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "Folder or hub id of a causal LM; 'tiny' builds a small one on the spot."}
+    )
+    use_lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters and leave the model's own weights as they are."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters. Raise it for a task far from the base."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapters' input; 0 for much data."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Layers that get an adapter, e.g. q_proj v_proj. Fewer of them need less memory."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa or eager train on padded batches; flash_attention_2 is taken where it is."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(default="data/custom_data001", metadata={"help": "A .json / .jsonl file or a folder."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Held-out rows; without it validation_split is cut off the data."}
+    )
+    validation_split: float | None = field(
+        default=None, metadata={"help": "Share of data_path that is held out; 0.05 unless given, 0 for none."}
+    )
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Tokens of a conversation; a longer one loses its oldest exchanges."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Fill rows of model_max_length tokens; the batch size then counts rows."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Go on without rows that can't be trained on; bad_rows.jsonl lists them."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    output_dir: str = field(default="output", metadata={"help": "Checkpoints, the model and the report."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh where output_dir holds checkpoints, which are removed."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bf16; by default where the GPU has it."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "1e-4 to 4e-4 for LoRA, about 1e-5 for all weights."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 the share of all steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a loss that is not a number."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When the held-out loss is measured."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Measure the held-out loss before the first step."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
+    metric_for_best_model: str | None = field(default="loss", metadata={"help": "What the best checkpoint is best in."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better held-out loss."}
+    )
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
+
+    def __post_init__(self):
+        gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.bf16 is None:
+            self.bf16 = gpu_has_bf16 and not self.use_cpu and not self.fp16
+        cpu = torch.cpu.get_capabilities()
+        if self.bf16 and not gpu_has_bf16 and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+            raise UserError("--bf16 true: this machine has no bf16 arithmetic. Leave it out: fp32 is used on the CPU.")
+        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            raise UserError("--fp16 true: needs a GPU. Leave it out: fp32 is used on the CPU.")
+        super().__post_init__()
+        self._n_gpu = min(self._n_gpu, 1)  # one process drives one GPU; torchrun starts one for each
+
+
+class SFTTrainer(Trainer):
+    """The stock Trainer on rows without padding, with the loss over the supervised tokens of the global batch.
+
+    - `get_train_dataloader`, `get_eval_dataloader`: batches dealt by tokens, one share for each rank
+    - `summed_loss`, `compute_loss`: the same loss for any number of ranks, accumulation steps and rows
+    - `evaluate`: the exact mean over all held-out supervised tokens
+    - `choose_fast_path`: keeps packed rows and the supervised head only where they give the model's own loss
+
+    Raises:
+        FloatingPointError: the loss is not a number.
+    """
+
+    def __init__(self, *args, packing: int | None = None, pad_rows: bool = False, **kwargs):
+        """packing: tokens of a packed row, or None; pad_rows: never lay samples end to end (slower, same loss)."""
+        super().__init__(*args, data_collator=collate_packed, **kwargs)
+        self.packing, self.packed_rows = packing, not pad_rows
+        self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
+        self.head = install_supervised_head(self.model)
+        self.add_callback(WholeCheckpoints(self.accelerator))
+        self.add_callback(ChooseFastPath(self))
+
+    def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
+        """This rank's batches; the sampler has shared them out already, so Accelerate must not do so again."""
+        lengths = column(dataset, "length")
+        sampler = BalancedBatchSampler(
+            lengths,
+            pack_best_fit(lengths, self.packing) if self.packing and shuffle else [[i] for i in range(len(lengths))],
+            batch_size,
+            num_batches_per_step,
+            self.args.world_size,
+            self.args.process_index,
+            self.args.seed,
+            shuffle,
+        )
+        loader = DataLoader(
+            dataset.select_columns(["input_ids", "labels"]),
+            batch_sampler=sampler,
+            collate_fn=collate_packed,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own, so that opening a loader never moves the model's random numbers
+        )
+        return prepare_data_loader(
+            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        return self.build_dataloader(
+            self.train_dataset, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=True
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self.build_dataloader(self.eval_dataset, self.args.per_device_eval_batch_size, 1, shuffle=False)
+
+    def summed_loss(self, model, inputs: dict) -> torch.Tensor:
+        """Summed cross-entropy of a batch of `collate_packed`, a scalar in fp32."""
+        inputs = dict(inputs)
+        targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
+        lengths = inputs["cu_seq_lens_q"].diff().tolist()
+        if self.packed_rows:
+            inputs["sequence_lengths"] = lengths
+        else:
+            unpack = [(inputs["input_ids"], 0), (torch.ones_like(targets), 0), (targets, IGNORE_INDEX)]
+            input_ids, attention_mask, targets = (
+                pad_sequence(row[0].split(lengths), batch_first=True, padding_value=padding) for row, padding in unpack
+            )
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.head is None:
+            logits = model(**inputs, use_cache=False).logits.float()
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        self.head.targets = targets
+        loss = model(**inputs, use_cache=False).logits
+        self.head.targets = None
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the supervised tokens of the global batch, of which this rank adds its share.
+
+        Args:
+            num_items_in_batch: supervised tokens over all ranks and accumulation steps.
+        """
+        # Gradients are averaged over the ranks, so each share is as many times larger.
+        return self.summed_loss(model, inputs) / num_items_in_batch * self.args.world_size
+
+    def choose_fast_path(self) -> None:
+        """Compares the fast ways with the model's own loss on a few samples and drops what is not the same."""
+        samples = [{"input_ids": ids[:128], "labels": ids[:128]} for ids in self.train_dataset[:3]["input_ids"]]
+        batch = self._prepare_inputs(collate_packed(samples))
+        model, head, try_packed = self.model_wrapped.eval(), self.head, self.packed_rows
+        own_attention = self.model.config._attn_implementation
+        tolerance = 1e-2 if self.args.bf16 or self.args.fp16 else 1e-4
+
+        def same_loss() -> bool:
+            return torch.allclose(self.summed_loss(model, batch), own_loss, rtol=tolerance)
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.packed_rows, self.head = False, None
+            own_loss = self.summed_loss(model, batch)
+            self.head = head
+            if head is not None and not same_loss():
+                self.head = None
+            if try_packed and not own_attention.startswith("flash"):
+                try_packed = self.model.is_backend_compatible()
+                self.model.set_attn_implementation("packed_sdpa" if try_packed else own_attention)
+            try:
+                self.packed_rows = try_packed
+                self.packed_rows = try_packed and same_loss()
+            except NotImplementedError:
+                self.packed_rows = False
+        if try_packed and not self.packed_rows:
+            self.model.set_attn_implementation(own_attention)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss and perplexity over all supervised tokens of the held-out rows, whatever rank holds them."""
+        self.model_wrapped.eval()
+        total = torch.zeros(2, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader():
+                total[0] += self.summed_loss(self.model_wrapped, batch)
+                total[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        loss_sum, tokens = self.accelerator.reduce(total).tolist()
+        metrics = {"eval_loss": loss_sum / tokens, "eval_perplexity": math.exp(loss_sum / tokens)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs, start_time=None):
+        """Tensors become their numbers, since trainer_state.json can't hold them."""
+        logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
+        if not math.isfinite(logs.get("loss", 0)):
+            raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
+        super().log(logs, start_time)
+
+
+class ChooseFastPath(TrainerCallback):
+    """Calls `choose_fast_path` once the model is wrapped for its devices, before the first step."""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.choose_fast_path()
+        if state.is_world_process_zero and not self.trainer.packed_rows:
+            print("note        this model's attention can't be kept within a sequence of a row: padded batches")
+        if state.is_world_process_zero and self.trainer.head is None:
+            print("note        this model's head does more than a matrix product: logits of whole batches")
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Flags, or a YAML file of them.
+
+    Raises:
+        UserError: a flag that is unknown, or that has no effect together with the others.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
+        else:
+            model_args, data_args, args = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    defaults = ModelArguments()
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
+            raise UserError(f"--{name} has no effect without --use_lora true.")
+    if data_args.eval_data_path and data_args.validation_split is not None:
+        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+    if data_args.validation_split is None:
+        data_args.validation_split = 0.05
+    if not data_args.eval_data_path and not data_args.validation_split:
+        if args.early_stopping_patience is not None or args.load_best_model_at_end:
+            raise UserError(
+                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
+            )
+        args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+    return model_args, data_args, args
+
+
+def describe_run(model_args, data_args, args, summary: dict) -> dict:
+    """What must be the same for a checkpoint to be continued bit for bit."""
+    return {
+        "model": model_args.model_name_or_path,
+        "data": summary["content_hash"],
+        "rows held out": summary["held_out_rows"],
+        "adapters": f"{model_args.lora_r} {model_args.lora_alpha} {model_args.target_modules}"
+        if model_args.use_lora
+        else "",
+        "packing": data_args.packing,
+        "seed": args.seed,
+        "processes": args.world_size,
+        "rows a step and process": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "deepspeed": args.deepspeed,
+    }
+
+
+def main():
+    model_args, data_args, args = parse_arguments()
+    is_first = args.process_index == 0
+    lock = lock_output_dir(args.output_dir) if is_first else None
+    set_seed(args.seed)
+
+    model_name = model_args.model_name_or_path
+    if model_name == "tiny":
+        model_args.model_name_or_path = tiny_model_folder(data_args.data_path)
+    tokenizer = load_tokenizer(model_args)
+    bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_first else None
+    train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
+    found = [None, []]
+    if is_first:
+        run = describe_run(model_args, data_args, args, summary)
+        found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
+    checkpoint, messages = broadcast_object_list(found)
+    model = load_model(model_args, args)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        packing=data_args.model_max_length if data_args.packing else None,
+        pad_rows=model_args.attn_implementation in ("eager", "sdpa"),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(SpeedProgress(summary["tokens"]))
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    if is_first:
+        print_first_screen(trainer, tokenizer, model_name, summary, messages)
+
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if is_first:
+        steps = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+        print(json.dumps(save_report(trainer, summary, output.metrics, steps), indent=2))
+        lock.close()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
