@@ -20,7 +20,7 @@ def lock_output_dir(output_dir: str):
         UserError: another run holds it.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(output_dir) / ".lock", "w")
+    lock = Path(output_dir, ".lock").open("w")  # noqa: SIM115  (held open for as long as the process lives)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

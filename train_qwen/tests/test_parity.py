@@ -1,0 +1,169 @@
+"""The loss is one and the same, however the rows are laid out and whoever computes them."""
+
+import json
+
+import pytest
+import torch
+from conftest import losses, run_train, train_here
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, CohereConfig, CohereForCausalLM
+
+from batch import BalancedBatchSampler, collate_packed
+from data import column, load_encoded
+from model import PLAIN_TEMPLATE
+
+COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --save_strategy no --num_train_epochs 1"
+
+
+def flags(model, data_file, eval_file, output, *more):
+    paths = ["--model_name_or_path", model, "--data_path", data_file, "--eval_data_path", eval_file]
+    return [*paths, "--output_dir", output, *COMMON.split(), *more]
+
+
+def plain_loop(model_folder, data_file, tokenizer) -> list[float]:
+    """The losses of four steps of 8 rows by nothing but `model(labels=...)` on padded batches."""
+    rows, _ = load_encoded(data_file, tokenizer, 2048)
+    lengths = column(rows, "length")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    step_losses = []
+    for indices in BalancedBatchSampler(lengths, [[i] for i in range(len(rows))], 8, 1, 1, 0, seed=42):
+        longest = max(lengths[indices])
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in rows.select(indices):
+            padding = longest - row["length"]
+            batch["input_ids"].append(row["input_ids"] + [0] * padding)
+            batch["attention_mask"].append([1] * row["length"] + [0] * padding)
+            batch["labels"].append(row["labels"] + [-100] * padding)
+        loss = model(**{name: torch.tensor(value) for name, value in batch.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step_losses.append(loss.item())
+    return step_losses
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder, data_file, tokenizer):
+    step_losses = plain_loop(tiny_folder, data_file, tokenizer)
+    assert len(step_losses) == 4 and step_losses[2] < step_losses[0]
+    return pytest.approx(step_losses, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def expected_held_out(tiny_folder, data_file, eval_file, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        output = tmp_path_factory.mktemp("one")
+        layout = ["--per_device_train_batch_size", "8"]
+        train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, output, *layout))
+    return pytest.approx(losses(output, "eval_loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--per_device_train_batch_size 8",
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
+        "--per_device_train_batch_size 8 --gradient_checkpointing true",
+        "--per_device_train_batch_size 8 --attn_implementation sdpa",
+    ],
+)
+def test_one_process_equals_the_plain_loop(
+    layout, expected, tiny_folder, data_file, eval_file, tmp_path, monkeypatch
+):
+    train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path, *layout.split()))
+    assert losses(tmp_path) == expected
+
+
+@pytest.mark.parametrize("deepspeed", ["", "ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
+def test_two_processes_equal_the_plain_loop(
+    deepspeed, expected, expected_held_out, tiny_folder, data_file, eval_file, tmp_path
+):
+    more = ["--per_device_train_batch_size", "4", *(["--deepspeed", deepspeed] if deepspeed else [])]
+    run_train(*flags(tiny_folder, data_file, eval_file, tmp_path, *more), processes=2)
+    assert losses(tmp_path) == expected
+    assert losses(tmp_path, "eval_loss") == expected_held_out
+
+
+def test_packed_rows_fill_up_and_hold_every_sample_once(tokenizer, data_file):
+    from batch import pack_best_fit
+
+    lengths = column(load_encoded(data_file, tokenizer, 2048)[0], "length")
+    rows = pack_best_fit(lengths, 512)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert max(sum(lengths[row]) for row in rows) <= 512
+    assert len(rows) == -(-sum(lengths) // 512)
+
+
+def test_packing_trains_on_every_row(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
+    layout = "--packing true --model_max_length 512 --per_device_train_batch_size 2".split()
+    train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path / "packed", *layout))
+    layout = "--packing true --model_max_length 512 --per_device_train_batch_size 2 --attn_implementation sdpa".split()
+    train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path / "padded", *layout))
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), abs=1e-5)
+
+
+def test_ranks_of_a_step_get_nearly_equal_token_counts():
+    lengths = torch.randint(50, 550, (640,), generator=torch.Generator().manual_seed(0)).numpy()
+    ranks = [list(BalancedBatchSampler(lengths, [[i] for i in range(640)], 8, 1, 4, r, seed=0)) for r in range(4)]
+    for step in zip(*ranks, strict=True):
+        tokens = [sum(lengths[i] for i in batch) for batch in step]
+        assert max(tokens) < 1.05 * min(tokens)
+        assert len({len(batch) for batch in step}) == 1
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(640))
+
+
+@pytest.fixture(params=["bloom", "cohere"])
+def unusual_folder(request, tiny_folder, tokenizer, tmp_path):
+    """Bloom has attention code of its own; Cohere scales the logits after its head."""
+    small = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    small |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    if request.param == "bloom":
+        model = BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, **small))
+    else:
+        model = CohereForCausalLM(CohereConfig(intermediate_size=128, num_key_value_heads=2, logit_scale=0.25, **small))
+    model.save_pretrained(tmp_path / request.param)
+    tokenizer.save_pretrained(tmp_path / request.param)
+    return str(tmp_path / request.param)
+
+
+def test_unusual_models_fall_back_say_so_and_have_the_same_loss(
+    unusual_folder, tokenizer, data_file, eval_file, tmp_path, monkeypatch, capsys
+):
+    layout = ["--per_device_train_batch_size", "8"]
+    train_here(monkeypatch, *flags(unusual_folder, data_file, eval_file, tmp_path, *layout))
+    assert losses(tmp_path) == pytest.approx(plain_loop(unusual_folder, data_file, tokenizer), abs=1e-5)
+    screen = capsys.readouterr().out
+    assert ("kept within a sequence" in screen) == unusual_folder.endswith("bloom")
+    assert ("logits of whole batches" in screen) == unusual_folder.endswith("cohere")
+
+
+def test_a_batch_without_samples_has_no_loss_and_no_gradient(tiny_folder):
+    batch = collate_packed([])
+    assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == -100).all()
+
+
+def test_supervised_head_equals_cross_entropy():
+    from model import ChunkedCrossEntropy
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(700, 16, requires_grad=True), torch.randn(9000, 16, requires_grad=True)
+    targets = torch.randint(0, 9000, (700,))
+    torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum").div(7).backward()
+    wanted = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+    ChunkedCrossEntropy.apply(hidden, weight, targets, True).div(7).backward()
+    torch.testing.assert_close([hidden.grad, weight.grad], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_template_learns_to_stop(tokenizer):
+    from data import encode_conversation
+
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "天地玄黄"}]
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    encoded = encode_conversation(turns, tokenizer, 100)
+    supervised = [label for label in encoded["labels"] if label != -100]
+    assert tokenizer.decode(supervised) == f" 天地玄黄{tokenizer.eos_token}"
+    assert json.dumps(encoded)

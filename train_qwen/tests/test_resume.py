@@ -1,0 +1,108 @@
+"""A run that was killed and started again ends bit for bit where one that was never stopped ends."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import RECIPE, read_history, run_train, train_command
+from safetensors.torch import load_file
+
+FLAGS = "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --num_train_epochs 3 --seed 7"
+# 25 rows in steps of 8: 4 steps an epoch, 12 in all, so that checkpoints fall inside epochs.
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=RECIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process: subprocess.Popen, condition) -> None:
+    """SIGKILL to the launcher and all its workers as soon as the condition holds."""
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        time.sleep(0.002)
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+
+
+def final_state(output: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state at the end, and the logged losses."""
+    weights = load_file(next(output.glob("*model.safetensors")))
+    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    optimizer_files = [*last.glob("optimizer.pt"), *sorted(last.rglob("*optim_states.pt"))]
+    assert optimizer_files
+    for file in optimizer_files:
+        stack = [(file.name, torch.load(file, weights_only=False))]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                weights[name] = value
+            elif isinstance(value, dict):
+                stack += [(f"{name}.{key}", item) for key, item in value.items()]
+            elif isinstance(value, (list, tuple)):
+                stack += [(f"{name}.{index}", item) for index, item in enumerate(value)]
+    history = [entry["loss"] for entry in read_history(output) if "loss" in entry]
+    return weights | {"losses": torch.tensor(history, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_like_one_that_was_never_stopped(processes, tiny_folder, data_file, eval_file, tmp_path):
+    paths = ["--model_name_or_path", tiny_folder, "--data_path", data_file, "--eval_data_path", eval_file]
+    # Dropout on adapters in the one case, sharded optimizer states in the other.
+    layout = "--use_lora true --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    if processes == 2:
+        layout = "--per_device_train_batch_size 4 --deepspeed ds_zero2_no_offload.json"
+
+    def command(output):
+        return [*paths, "--output_dir", output, *FLAGS.split(), *layout.split()]
+
+    run_train(*command(tmp_path / "whole"), processes=processes)
+
+    killed = tmp_path / "killed"
+    first, second = killed / "checkpoint-3", killed / "checkpoint-6"
+    kill_when(start(train_command(*command(killed), processes=processes)), (first / "manifest.json").exists)
+    # The second start goes on from step 3 and dies while it writes the checkpoint of step 6.
+    kill_when(start(train_command(*command(killed), processes=processes)), second.exists)
+    assert not (second / "manifest.json").exists()
+
+    screen = run_train(*command(killed), processes=processes).stdout
+    assert f"{second} is torn" in screen and f"resuming from {first}" in screen
+    expected, resumed = final_state(tmp_path / "whole"), final_state(killed)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_truncated_file_counts_as_torn(tmp_path):
+    from checkpoint import MANIFEST, find_checkpoint, is_whole, list_file_sizes
+
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"0123456789")
+        (folder / MANIFEST).write_text(str(list_file_sizes(folder)).replace("'", '"'))
+    assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0].endswith("checkpoint-6")
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"01234")
+    assert not is_whole(tmp_path / "checkpoint-6")
+    checkpoint, messages = find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)
+    assert checkpoint.endswith("checkpoint-3") and "checkpoint-6 is torn" in messages[0]
+
+
+def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tmp_path):
+    from checkpoint import find_checkpoint
+    from data import UserError
+
+    (tmp_path / "checkpoint-3").mkdir()
+    find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)
+    (tmp_path / "checkpoint-3").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="model was a, is b.*--overwrite_output_dir true"):
+        find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=False)
+    with pytest.raises(UserError, match="data was 1, is 2"):
+        find_checkpoint(str(tmp_path), {"model": "a", "data": "2"}, overwrite=False)
+    assert find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=True)[0] is None
+    assert not (tmp_path / "checkpoint-3").exists()
