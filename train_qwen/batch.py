@@ -36,11 +36,11 @@ def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Deals the rows of each optimizer step to the ranks so that all get nearly the same number of tokens.
+    """Deals rows to steps, and the rows of a step to the ranks, so that all get nearly the same number of tokens.
 
-    A step's rows are the next ones of the epoch's permutation, whatever the number of ranks and accumulation steps:
-    1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2 train on the same rows in every step. A last step that
-    has too few rows leaves some batches empty; `collate_packed` makes those harmless.
+    No rank waits for another, and no step needs much more memory than the others. Which rows share a step depends on
+    the rows in a step alone: 1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2 train on the same ones. A last
+    step that has too few rows leaves some batches empty; `collate_packed` makes those harmless.
 
     Args:
         lengths: tokens of each sample, shape (samples,).
@@ -48,6 +48,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         batch_size: rows in one batch of one rank.
         num_batches_per_step: gradient accumulation steps.
     """
+
+    STEPS_DEALT_AT_ONCE = 32
 
     def __init__(self, lengths, rows, batch_size, num_batches_per_step, num_ranks, rank, seed, shuffle=True):
         self.rows = rows
@@ -63,28 +65,35 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return -(-len(self.rows) // (self.batch_size * self.num_ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(len(self.rows))
-        if self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        rows_per_round = self.batch_size * self.num_ranks
-        for start in range(0, len(order), rows_per_round * self.num_batches_per_step):
-            step_rows = order[start : start + rows_per_round * self.num_batches_per_step]
-            num_rounds = -(-len(step_rows) // rows_per_round)
-            batches = self.deal(step_rows, num_rounds * self.num_ranks)
+        for step_rows in self.steps():
+            num_rounds = -(-len(step_rows) // (self.batch_size * self.num_ranks))
+            # Neighbours in the order of their tokens run at the same time on different ranks, so they are alike.
+            batches = self.deal(step_rows, num_rounds * self.num_ranks, self.batch_size)
             for round_start in range(0, len(batches), self.num_ranks):
                 yield [sample for row in batches[round_start + self.rank] for sample in self.rows[row]]
 
-    def deal(self, step_rows: np.ndarray, num_batches: int) -> list[list[int]]:
-        """Longest row first, each to the batch that has the fewest tokens and still has room."""
-        batches, tokens = [[] for _ in range(num_batches)], [0] * num_batches
-        for row in step_rows[np.argsort(-self.row_tokens[step_rows], kind="stable")].tolist():
-            place = min(
-                (i for i in range(num_batches) if len(batches[i]) < self.batch_size), key=lambda i: (tokens[i], i)
-            )
-            batches[place].append(row)
-            tokens[place] += int(self.row_tokens[row])
-        # Neighbours in this order run at the same time on different ranks, so they should be alike.
-        return [batches[i] for i in sorted(range(num_batches), key=lambda i: -tokens[i])]
+    def steps(self) -> Iterator[list[int]]:
+        """The rows of each optimizer step of the epoch, over all ranks."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
+        rows_per_step = self.batch_size * self.num_ranks * self.num_batches_per_step
+        in_full_steps = len(order) // rows_per_step * rows_per_step
+        for start in range(0, in_full_steps, rows_per_step * self.STEPS_DEALT_AT_ONCE):
+            window = order[start : min(in_full_steps, start + rows_per_step * self.STEPS_DEALT_AT_ONCE)]
+            steps = self.deal(window.tolist(), len(window) // rows_per_step, rows_per_step)
+            for index in rng.permutation(len(steps)):
+                yield steps[index]
+        if in_full_steps < len(order):
+            yield order[in_full_steps:].tolist()
+
+    def deal(self, rows: list[int], num_hands: int, room: int) -> list[list[int]]:
+        """Longest row first, each to the hand that has the fewest tokens and still has room; fullest hand first."""
+        hands, tokens = [[] for _ in range(num_hands)], [0] * num_hands
+        for row in sorted(rows, key=lambda row: -self.row_tokens[row]):
+            hand = min((i for i in range(num_hands) if len(hands[i]) < room), key=lambda i: tokens[i])
+            hands[hand].append(row)
+            tokens[hand] += int(self.row_tokens[row])
+        return [hands[i] for i in sorted(range(num_hands), key=lambda i: -tokens[i])]
 
 
 flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=IGNORE_INDEX)

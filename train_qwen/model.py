@@ -1,15 +1,13 @@
-"""Loads the tokenizer and the model, adds LoRA, and gives the model rows without padding and a head without waste."""
+"""The tokenizer and the model: loaded, given a chat template or adapters, or built small on the spot."""
 
 import hashlib
 import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Qwen2Config,
@@ -151,104 +149,3 @@ def add_lora(model: nn.Module, model_args) -> nn.Module:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
-
-
-def packed_sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention over rows of several sequences: one SDPA call a sequence, so none sees its neighbour.
-
-    Args:
-        query, key, value: shape (1, heads, tokens, head_dim); key and value may have fewer heads (GQA).
-        kwargs: `sequence_lengths` (list of the tokens of each sequence), `sliding_window` (tokens, or None).
-
-    Returns:
-        Attention output of shape (1, tokens, heads, head_dim), and None for the weights.
-
-    Raises:
-        NotImplementedError: the model wants capped scores or attention sinks, which SDPA does not have.
-    """
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("SDPA has neither capped scores nor attention sinks")
-    lengths, window = kwargs["sequence_lengths"], kwargs.get("sliding_window")
-    outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        length, mask = q.shape[2], None
-        if window is not None and length > window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed_sdpa", packed_sdpa)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, some tokens at a time: the logits of all tokens never exist at once.
-
-    The gradients are taken in the same pass, while a chunk's probabilities are still in the cache, so the backward
-    pass only scales them. Source of the method: Hsu et al., "Liger Kernel" (2024).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, targets, needs_gradient):
-        """hidden_states: (tokens, hidden); weight: (vocabulary, hidden); targets: (tokens,). Returns a scalar, fp32."""
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-        head = weight.to(hidden_states.dtype)
-        logits_at_once = 1 << (21 if hidden_states.device.type == "cpu" else 27)
-        chunk = max(64, logits_at_once // len(head))
-        loss = hidden_states.new_zeros((), dtype=torch.float32)
-        hidden_gradient = torch.empty_like(hidden_states) if needs_gradient else None
-        weight_gradient = torch.zeros_like(head) if needs_gradient and ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), chunk):
-            hidden, target = hidden_states[start : start + chunk], targets[start : start + chunk, None]
-            logits = (hidden @ head.T).float()
-            log_normalizer = logits.logsumexp(1, keepdim=True)
-            loss += (log_normalizer - logits.gather(1, target)).sum()
-            if needs_gradient:
-                gradient = logits.sub_(log_normalizer).exp_()
-                gradient.scatter_add_(1, target, -torch.ones_like(log_normalizer))
-                gradient = gradient.to(head.dtype)
-                torch.mm(gradient, head, out=hidden_gradient[start : start + chunk])
-                if weight_gradient is not None:
-                    weight_gradient.addmm_(gradient.T, hidden)
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        if weight_gradient is not None:
-            weight_gradient = weight_gradient.mul_(gradient).to(ctx.weight_dtype)
-        return hidden_gradient.mul_(gradient), weight_gradient, None, None
-
-
-class SupervisedHead(nn.Linear):
-    """An LM head that, while it has `targets`, returns their summed cross-entropy in place of logits.
-
-    It works inside its own forward because only there ZeRO-3 has gathered its weight.
-    """
-
-    targets: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states: (batch, tokens, hidden); targets: (batch, tokens), -100 where nothing is supervised."""
-        if self.targets is None:
-            return super().forward(hidden_states)
-        supervised = self.targets != IGNORE_INDEX
-        return ChunkedCrossEntropy.apply(
-            hidden_states[supervised], self.weight, self.targets[supervised], torch.is_grad_enabled()
-        )
-
-
-def install_supervised_head(model: nn.Module) -> SupervisedHead | None:
-    """Turns the model's LM head into a SupervisedHead, in place; None where the head is not a plain linear layer."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return None
-    head.__class__ = SupervisedHead
-    return head

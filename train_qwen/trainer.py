@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from batch import BalancedBatchSampler, collate_packed, pack_best_fit
 from checkpoint import WholeCheckpoints
 from data import IGNORE_INDEX, column
-from model import install_supervised_head
+from layers import install_supervised_head, remember_less
 
 
 class SFTTrainer(Trainer):
@@ -33,6 +33,8 @@ class SFTTrainer(Trainer):
         self.packing, self.packed_rows = packing, not pad_rows
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.head = install_supervised_head(self.model)
+        if not self.args.gradient_checkpointing:  # which remembers less still
+            remember_less(self.model, self.head)
         self.add_callback(WholeCheckpoints(self.accelerator))
         self.add_callback(ChooseFastPath(self))
 

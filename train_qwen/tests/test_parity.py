@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import losses, run_train, train_here
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, CohereConfig, CohereForCausalLM
 
 from batch import BalancedBatchSampler, collate_packed
+from conftest import losses, run_train, train_here
 from data import column, load_encoded
+from layers import ChunkedCrossEntropy, install_supervised_head, remember_less
 from model import PLAIN_TEMPLATE
 
 COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --save_strategy no --num_train_epochs 1"
@@ -68,9 +69,7 @@ def expected_held_out(tiny_folder, data_file, eval_file, tmp_path_factory):
         "--per_device_train_batch_size 8 --attn_implementation sdpa",
     ],
 )
-def test_one_process_equals_the_plain_loop(
-    layout, expected, tiny_folder, data_file, eval_file, tmp_path, monkeypatch
-):
+def test_one_process_equals_the_plain_loop(layout, expected, tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
     train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path, *layout.split()))
     assert losses(tmp_path) == expected
 
@@ -96,9 +95,9 @@ def test_packed_rows_fill_up_and_hold_every_sample_once(tokenizer, data_file):
 
 
 def test_packing_trains_on_every_row(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
-    layout = "--packing true --model_max_length 512 --per_device_train_batch_size 2".split()
+    layout = ["--packing", "true", "--model_max_length", "512", "--per_device_train_batch_size", "2"]
     train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path / "packed", *layout))
-    layout = "--packing true --model_max_length 512 --per_device_train_batch_size 2 --attn_implementation sdpa".split()
+    layout += ["--attn_implementation", "sdpa"]
     train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path / "padded", *layout))
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), abs=1e-5)
 
@@ -111,6 +110,12 @@ def test_ranks_of_a_step_get_nearly_equal_token_counts():
         assert max(tokens) < 1.05 * min(tokens)
         assert len({len(batch) for batch in step}) == 1
     assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(640))
+    step_tokens = [sum(lengths[i] for batch in step for i in batch) for step in zip(*ranks, strict=True)]
+    assert max(step_tokens) < 1.05 * min(step_tokens)
+    one_rank = BalancedBatchSampler(lengths, [[i] for i in range(640)], 32, 1, 1, 0, seed=0)
+    assert [sorted(step) for step in one_rank] == [
+        sorted(i for batch in step for i in batch) for step in zip(*ranks, strict=True)
+    ]
 
 
 @pytest.fixture(params=["bloom", "cohere"])
@@ -139,14 +144,12 @@ def test_unusual_models_fall_back_say_so_and_have_the_same_loss(
     assert ("logits of whole batches" in screen) == unusual_folder.endswith("cohere")
 
 
-def test_a_batch_without_samples_has_no_loss_and_no_gradient(tiny_folder):
+def test_a_batch_without_samples_supervises_nothing():
     batch = collate_packed([])
     assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == -100).all()
 
 
 def test_supervised_head_equals_cross_entropy():
-    from model import ChunkedCrossEntropy
-
     torch.manual_seed(0)
     hidden, weight = torch.randn(700, 16, requires_grad=True), torch.randn(9000, 16, requires_grad=True)
     targets = torch.randint(0, 9000, (700,))
@@ -155,6 +158,30 @@ def test_supervised_head_equals_cross_entropy():
     hidden.grad = weight.grad = None
     ChunkedCrossEntropy.apply(hidden, weight, targets, True).div(7).backward()
     torch.testing.assert_close([hidden.grad, weight.grad], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_remember_less_have_the_same_gradients(frozen, tiny_folder):
+    torch.manual_seed(0)
+    input_ids, labels = torch.randint(4096, (2, 40)), torch.randint(4096, (2, 40))
+    labels[:, :20] = -100
+    gradients = []
+    for remembers_less in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        if frozen:  # as under LoRA: only some weights learn
+            model.requires_grad_(False)
+            model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if remembers_less:
+            head = install_supervised_head(model)
+            remember_less(model, head)
+            head.targets = targets
+            model(input_ids=input_ids).logits.backward()
+        else:
+            logits = model(input_ids=input_ids).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum").backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
 
 
 def test_plain_template_learns_to_stop(tokenizer):

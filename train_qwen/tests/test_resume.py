@@ -7,8 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import RECIPE, read_history, run_train, train_command
 from safetensors.torch import load_file
+
+from conftest import RECIPE, read_history, run_train, train_command
 
 FLAGS = "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --num_train_epochs 3 --seed 7"
 # 25 rows in steps of 8: 4 steps an epoch, 12 in all, so that checkpoints fall inside epochs.
