@@ -168,9 +168,7 @@ def check_messages(messages: list[dict]) -> list[dict]:
     for number, turn in enumerate(turns, start=1 + len(checked) - len(turns)):
         expected = "user" if (number - len(checked) + len(turns)) % 2 else "assistant"
         if turn["role"] != expected:
-            raise UserError(
-                f"message {number}: {turn['role']} where {expected} was expected (roles in the wrong order)"
-            )
+            raise UserError(f"message {number}: roles in the wrong order, {turn['role']} where {expected} was expected")
     if turns[-1]["role"] != "assistant":
         raise UserError("the last message is the user's, so its answer is missing")
     return checked
@@ -178,6 +176,7 @@ def check_messages(messages: list[dict]) -> list[dict]:
 
 def read_rows(paths: list[str], encodings: list[str]) -> Iterator[dict]:
     """Every row of every file, good or bad: its messages as JSON, its `file:line`, and what is wrong with it."""
+    row = None
     for path, encoding in zip(paths, encodings, strict=True):
         for number, value, text in read_json(path, encoding):
             row = {"messages": "", "source": f"{path}:{number}", "error": "", "raw": "", "unused_keys": "[]"}
@@ -189,6 +188,8 @@ def read_rows(paths: list[str], encodings: list[str]) -> Iterator[dict]:
             except UserError as error:
                 row.update(error=str(error), raw=text.strip())
             yield row
+    if row is None:
+        raise UserError(f"{', '.join(paths)}: no row in it.")
 
 
 def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, int]]:
@@ -301,8 +302,6 @@ def load_encoded(data_path: str, tokenizer, model_max_length: int) -> tuple[Data
                 )
             except DatasetGenerationError as error:
                 raise error.__cause__ from None
-            if not len(rows):
-                raise UserError(f"{data_path}: no row in it.")
             encoded = rows.map(
                 encode_row,
                 fn_kwargs={"tokenizer": tokenizer, "model_max_length": model_max_length},

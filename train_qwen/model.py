@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors.torch import save_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ PLAIN_TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 
 
-def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 4096) -> None:
+def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 1024) -> None:
     """Saves a small Qwen2 with random weights (the real class) and a byte-level BPE trained on `texts`."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
@@ -40,7 +41,7 @@ def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 4096) -> N
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -51,7 +52,11 @@ def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 4096) -> N
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+        model = Qwen2ForCausalLM(config)
+    # model.save_pretrained would write nothing in a process that is not the first of its run.
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 

@@ -115,12 +115,13 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         "tokens_per_second": tokens / seconds,
     }
     if held_out:
+        after = min(held_out) if args.load_best_model_at_end else held_out[-1]
         results |= {
             "eval_loss_before": held_out[0],
-            "eval_loss_after": held_out[-1],
+            "eval_loss_after": after,
             "eval_loss_best": min(held_out),
             "perplexity_before": math.exp(held_out[0]),
-            "perplexity_after": math.exp(held_out[-1]),
+            "perplexity_after": math.exp(after),
             "best_checkpoint": trainer.state.best_model_checkpoint,
         }
     if args.device.type == "cuda":
@@ -148,5 +149,6 @@ def plot_loss(history: list[dict]):
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure

@@ -12,6 +12,7 @@ end to end without padding) -> model (attention within a sequence, head on super
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -203,6 +204,8 @@ def main():
     if is_first:
         print_first_screen(trainer, tokenizer, model_name, summary, messages)
 
+    transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
+    warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -28,7 +28,7 @@ fi
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--use_lora true --num_train_epochs 3 --learning_rate 2e-4)
 else
-    recipe=(--num_train_epochs 24 --learning_rate 2e-3) # random weights: all of them learn, and it takes longer
+    recipe=(--num_train_epochs 16 --learning_rate 2e-3 --adam_beta2 0.95) # random weights: all learn, and it takes longer
 fi
 set -x
 exec "${launch[@]}" train.py "${device_args[@]}" \

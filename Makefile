@@ -1,0 +1,35 @@
+# Each target is what you could type yourself. PYTHON=python3.12 make demo takes another Python for the environment.
+PYTHON ?= python3
+ACTIVATE = . .venv/bin/activate
+
+.PHONY: demo test lint notebooks bench
+
+demo: .venv/demo
+	$(ACTIVATE) && bash train_qwen/train_zero2.sh
+	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --show 5
+
+test: .venv/test
+	$(ACTIVATE) && python -m pytest tests
+	$(ACTIVATE) && cd train_qwen && python -m pytest tests
+
+lint: .venv/test
+	$(ACTIVATE) && ruff check . && ruff format --check .
+
+notebooks: .venv/test
+	$(ACTIVATE) && cd train_qwen && jupyter execute --inplace code01_processdata.ipynb code02_trainmodel.ipynb infer.ipynb
+
+bench: .venv/bench
+	$(ACTIVATE) && python benchmarks/bench_sft.py
+
+.venv/demo: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(ACTIVATE) && pip install -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt .venv/demo
+	$(ACTIVATE) && pip install -r requirements-test.txt
+	touch $@
+
+.venv/bench: requirements-bench.txt .venv/demo
+	$(ACTIVATE) && pip install -r requirements-bench.txt
+	touch $@

@@ -1,0 +1,202 @@
+"""The command line: flags, adapters, reports, disks and neighbours that misbehave, scripts and several machines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import RECIPE, losses, read_history, run_train, train_here
+from data import UserError
+
+
+def paths(model, data, output, eval_data=None):
+    flags = ["--model_name_or_path", model, "--data_path", data, "--output_dir", str(output), "--logging_steps", "1"]
+    return flags + (["--eval_data_path", eval_data] if eval_data else [])
+
+
+LORA = ["--use_lora", "true", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.1"]
+
+
+def test_lora_with_gradient_checkpointing_trains_the_named_layers(
+    tiny_folder, data_file, eval_file, tmp_path, monkeypatch
+):
+    more = [
+        *LORA,
+        "--target_modules",
+        "q_proj",
+        "v_proj",
+        "--gradient_checkpointing",
+        "true",
+        "--learning_rate",
+        "1e-2",
+    ]
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "v_proj"}
+    assert all(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.1
+
+
+def test_lora_under_zero3_saves_a_whole_adapter_and_equals_one_process(tiny_folder, data_file, eval_file, tmp_path):
+    more = [*LORA, "--lora_dropout", "0", "--gradient_checkpointing", "true", "--learning_rate", "1e-2"]
+    more += ["--num_train_epochs", "1", "--save_strategy", "no"]
+    zero3 = ["--deepspeed", "ds_zero3_no_offload.json", "--per_device_train_batch_size", "4"]
+    run_train(*paths(tiny_folder, data_file, tmp_path / "z3", eval_file), *more, *zero3, processes=2)
+    run_train(*paths(tiny_folder, data_file, tmp_path / "one", eval_file), *more, "--per_device_train_batch_size", "8")
+    expected, found = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "z3"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert losses(tmp_path / "z3") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_report_best_checkpoint_and_early_stopping(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
+    more = ["--learning_rate", "3e-2", "--num_train_epochs", "12", "--early_stopping_patience", "2"]
+    more += ["--load_best_model_at_end", "true", "--per_device_train_batch_size", "8"]
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    held_out = losses(tmp_path, "eval_loss")
+    assert results["eval_loss_before"] == held_out[0] and results["eval_loss_best"] == min(held_out)
+    assert len(held_out) < 13, "it did not stop early"
+    best = Path(results["best_checkpoint"])
+    assert (best / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert results["eval_loss_after"] == min(held_out) and results["tokens_per_second"] > 0
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "chat_template.jinja").exists() and (tmp_path / "tokenizer.json").exists()
+
+
+def test_tensors_in_the_logs_are_stored_as_numbers(tiny_folder, data_file, tmp_path, monkeypatch):
+    import trainer
+
+    plain_log = trainer.SFTTrainer.log
+
+    def log_with_tensors(self, logs, start_time=None):
+        plain_log(self, logs | {"grad_norm": torch.tensor(1.5), "metric": torch.tensor([1, 2])}, start_time)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "log", log_with_tensors)
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), "--num_train_epochs", "1")
+    entry = next(entry for entry in read_history(tmp_path) if "loss" in entry)
+    assert entry["grad_norm"] == 1.5 and entry["metric"] == [1, 2]
+
+
+def test_flags_from_a_file_and_no_held_out_rows(tiny_folder, data_file, tmp_path, monkeypatch):
+    config = {"model_name_or_path": tiny_folder, "data_path": data_file, "output_dir": str(tmp_path / "out")}
+    config |= {"use_cpu": True, "max_steps": 1, "validation_split": 0, "save_strategy": "no"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    from accelerate.state import AcceleratorState
+
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.yaml")])
+    train.main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "eval_loss_before" not in json.loads((tmp_path / "out" / "train_results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate"),
+        (["--lora_r", "16"], "--lora_r has no effect without --use_lora true"),
+        (
+            ["--validation_split", "0.1", "--eval_data_path", "x"],
+            "--validation_split has no effect with --eval_data_path",
+        ),
+        (["--validation_split", "0", "--early_stopping_patience", "2"], "need held-out rows"),
+        (["--fp16", "true"], "--fp16 true: needs a GPU"),
+        (["--model_name_or_path", "./my_model"], r"\./my_model: no model could be read there"),
+        ([*LORA, "--target_modules", "query"], "query: no such module; the linear ones are down_proj, gate_proj"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(flags, reason, tiny_folder, data_file, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=reason):
+        train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), *flags)
+
+
+def test_bf16_without_the_hardware_for_it(tiny_folder, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.raises(UserError, match="--bf16 true: this machine has no bf16 arithmetic"):
+        train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), "--bf16", "true")
+
+
+def test_an_error_is_one_line_without_a_traceback(tmp_path):
+    result = run_train("--model_name_or_path", "./my_model", "--output_dir", tmp_path, check=False)
+    assert result.returncode == 1
+    assert "error: ./my_model" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_folder, data_file, tmp_path, monkeypatch):
+    from checkpoint import lock_output_dir
+
+    lock = lock_output_dir(str(tmp_path))
+    result = run_train(*paths(tiny_folder, data_file, tmp_path), check=False)
+    assert result.returncode == 1 and "another run is writing there" in result.stderr
+    lock.close()
+    lock_output_dir(str(tmp_path)).close()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_folder, data_file, tmp_path, monkeypatch):
+    from checkpoint import is_whole
+
+    more = ["--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "2"]
+    save = torch.save
+    saved = []
+
+    def save_until_the_disk_is_full(value, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt"):
+            saved.append(path)
+            if len(saved) == 2:
+                Path(path).write_bytes(b"torn")
+                raise OSError(28, "No space left on device")
+        return save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save_until_the_disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), *more)
+    assert is_whole(tmp_path / "checkpoint-2") and not is_whole(tmp_path / "checkpoint-4")
+    monkeypatch.setattr(torch, "save", save)
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), *more)
+    assert [entry["step"] for entry in read_history(tmp_path) if "loss" in entry] == list(range(1, 10))
+
+
+def script(name, output, *flags, **variables) -> subprocess.Popen:
+    environment = os.environ | {"OUTPUT": str(output)} | variables
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", f"{RECIPE}/{name}", *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_launchers_form_one_run(tiny_folder, data_file, tmp_path):
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), "NPROC": "1"}
+    variables |= {"MODEL": tiny_folder, "DATA": data_file}
+    flags = ["--max_steps", "2", "--save_strategy", "no", "--logging_steps", "1"]
+    nodes = [script("train_zero2.sh", tmp_path / "two", *flags, NODE_RANK=str(rank), **variables) for rank in (0, 1)]
+    screens = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], screens
+    assert "x 2 processes" in screens[0] and (tmp_path / "two" / "adapter_model.safetensors").exists()
+
+
+def test_ctrl_c_leaves_no_process_and_no_lock(tiny_folder, data_file, tmp_path):
+    from checkpoint import lock_output_dir
+
+    launcher = script("train.sh", tmp_path, "--num_train_epochs", "1000", MODEL=tiny_folder, DATA=data_file, NPROC="2")
+    deadline = time.time() + 90
+    while not list(tmp_path.glob("checkpoint-*")) and time.time() < deadline:
+        time.sleep(0.1)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 2
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    lock_output_dir(str(tmp_path)).close()
