@@ -162,14 +162,16 @@ def check_messages(messages: list[dict]) -> list[dict]:
         if not message["content"].strip():
             raise UserError(f"message {number} ({role}): the text is empty")
         checked.append({"role": role, "content": message["content"]})
-    turns = checked[1:] if checked and checked[0]["role"] == "system" else checked
-    if not any(turn["role"] == "assistant" for turn in turns):
+    if not any(message["role"] == "assistant" for message in checked):
         raise UserError("no assistant turn, so there is nothing to learn")
-    for number, turn in enumerate(turns, start=1 + len(checked) - len(turns)):
-        expected = "user" if (number - len(checked) + len(turns)) % 2 else "assistant"
-        if turn["role"] != expected:
-            raise UserError(f"message {number}: roles in the wrong order, {turn['role']} where {expected} was expected")
-    if turns[-1]["role"] != "assistant":
+    first = int(checked[0]["role"] == "system")
+    for number, message in enumerate(checked[first:], start=first + 1):
+        expected = ("user", "assistant")[(number - first - 1) % 2]
+        if message["role"] != expected:
+            raise UserError(
+                f"message {number}: roles in the wrong order, {message['role']} where {expected} was expected"
+            )
+    if checked[-1]["role"] != "assistant":
         raise UserError("the last message is the user's, so its answer is missing")
     return checked
 

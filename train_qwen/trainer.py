@@ -89,9 +89,10 @@ class SFTTrainer(Trainer):
             logits = model(**inputs, use_cache=False).logits.float()
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         self.head.targets = targets
-        loss = model(**inputs, use_cache=False).logits
-        self.head.targets = None
-        return loss
+        try:
+            return model(**inputs, use_cache=False).logits
+        finally:
+            self.head.targets = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the supervised tokens of the global batch, of which this rank adds its share.
@@ -108,7 +109,7 @@ class SFTTrainer(Trainer):
         batch = self._prepare_inputs(collate_packed(samples))
         self.model_wrapped.eval()
         model, head, try_packed = self.model_wrapped, self.head, self.packed_rows
-        own_attention = self.model.config._attn_implementation
+        self.own_attention = self.model.config._attn_implementation
         tolerance = 1e-2 if self.args.bf16 or self.args.fp16 else 1e-4
 
         def same_loss() -> bool:
@@ -120,16 +121,22 @@ class SFTTrainer(Trainer):
             self.head = head
             if head is not None and not same_loss():
                 self.head = None
-            if try_packed and not own_attention.startswith("flash"):
-                try_packed = self.model.is_backend_compatible()
-                self.model.set_attn_implementation("packed_sdpa" if try_packed else own_attention)
+            if not try_packed or not self.model.is_backend_compatible():
+                return
+            if not self.own_attention.startswith("flash"):
+                self.model.set_attn_implementation("packed_sdpa")
+            self.packed_rows = True
             try:
-                self.packed_rows = try_packed
-                self.packed_rows = try_packed and same_loss()
+                if not same_loss():
+                    self.leave_fast_path()
             except NotImplementedError:
-                self.packed_rows = False
-        if try_packed and not self.packed_rows:
-            self.model.set_attn_implementation(own_attention)
+                self.leave_fast_path()
+
+    def leave_fast_path(self) -> None:
+        """Padded batches and the model's own attention, with which it also generates."""
+        self.packed_rows = False
+        if self.model.config._attn_implementation != self.own_attention:
+            self.model.set_attn_implementation(self.own_attention)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss and perplexity over all supervised tokens of the held-out rows, whatever rank holds them."""
@@ -154,7 +161,7 @@ class SFTTrainer(Trainer):
 
 
 class ChooseFastPath(TrainerCallback):
-    """Calls `choose_fast_path` once the model is wrapped for its devices, before the first step."""
+    """Takes the fast path once the model is wrapped for its devices, and leaves the model as it was found."""
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
@@ -165,3 +172,6 @@ class ChooseFastPath(TrainerCallback):
             print("note        this model's attention can't be kept within a sequence of a row: padded batches")
         if state.is_world_process_zero and self.trainer.head is None:
             print("note        this model's head does more than a matrix product: logits of whole batches")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.leave_fast_path()
