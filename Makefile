@@ -6,11 +6,11 @@ ACTIVATE = . .venv/bin/activate
 
 demo: .venv/demo
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh
-	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --show 5
+	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --show 5 --at_least 18
 
 test: .venv/test
 	$(ACTIVATE) && python -m pytest tests
-	$(ACTIVATE) && cd train_qwen && python -m pytest tests
+	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2
 
 lint: .venv/test
 	$(ACTIVATE) && ruff check . && ruff format --check .

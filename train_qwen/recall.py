@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42, help="as in training")
     parser.add_argument("--count", type=int, default=20, help="questions asked, drawn at random")
     parser.add_argument("--show", type=int, default=5, help="questions printed with their answers")
+    parser.add_argument("--at_least", type=int, default=0, help="fewer right answers than this are an error")
     options = parser.parse_args()
     options.eval_data_path, options.model_max_length, options.skip_bad_rows = None, 10**6, True
 
@@ -58,6 +59,8 @@ def main():
             if reply != answer:
                 print("  where the training answer is:", tokenizer.decode(answer))
     print(f"\nword for word: {right} of {len(chosen)}")
+    if right < options.at_least:
+        sys.exit(f"error: fewer than {options.at_least}")
 
 
 if __name__ == "__main__":
