@@ -67,7 +67,7 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         run: what makes the run itself (model, data, adapters, batch); kept in the folder as run.json.
 
     Raises:
-        UserError: the folder holds checkpoints of another run.
+        UserError: the folder holds checkpoints of another run, or of another program.
     """
     folder, messages = Path(output_dir), []
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
@@ -76,7 +76,9 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
             shutil.rmtree(checkpoint)
         checkpoints = []
     run_file = folder / "run.json"
-    if checkpoints and run_file.exists():
+    if checkpoints:
+        if not run_file.exists():
+            raise UserError(f"{output_dir} holds checkpoints that were not written here; give another --output_dir.")
         before = json.loads(run_file.read_text())
         changed = [
             f"{name} was {before.get(name)}, is {value}" for name, value in run.items() if before.get(name) != value

@@ -1,5 +1,6 @@
 """What a user sees of a run: the first screen, the progress bar, train_results.json and loss.png."""
 
+import html
 import json
 import math
 import resource
@@ -34,6 +35,12 @@ def show_labels(tokenizer, input_ids: list[int], labels: list[int]) -> str:
             pieces.append(f"⟦{piece}⟧" if supervised else piece)
             start = position
     return "".join(pieces)
+
+
+def labels_as_html(tokenizer, input_ids: list[int], labels: list[int]) -> str:
+    """The same for a notebook: what the model is trained on stands in colour."""
+    text = html.escape(show_labels(tokenizer, input_ids, labels)).replace("\n", "<br>")
+    return f"<p>{text.replace('⟦', '<mark>').replace('⟧', '</mark>')}</p>"
 
 
 def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messages: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A run that was killed and started again ends bit for bit where one that was never stopped ends."""
 
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -86,7 +87,8 @@ def test_a_truncated_file_counts_as_torn(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"0123456789")
-        (folder / MANIFEST).write_text(str(list_file_sizes(folder)).replace("'", '"'))
+        (folder / MANIFEST).write_text(json.dumps(list_file_sizes(folder)))
+    (tmp_path / "run.json").write_text('{"model": "a"}')
     assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0].endswith("checkpoint-6")
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"01234")
     assert not is_whole(tmp_path / "checkpoint-6")
@@ -99,8 +101,9 @@ def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tm
     from data import UserError
 
     (tmp_path / "checkpoint-3").mkdir()
-    find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)
-    (tmp_path / "checkpoint-3").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="not written here"):
+        find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)
+    (tmp_path / "run.json").write_text('{"model": "a", "data": "1"}')
     with pytest.raises(UserError, match="model was a, is b.*--overwrite_output_dir true"):
         find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=False)
     with pytest.raises(UserError, match="data was 1, is 2"):
