@@ -42,7 +42,8 @@ def list_file_sizes(folder: Path) -> dict[str, int]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether the save came to its end and every file still has the size that it had then."""
     manifest = checkpoint / MANIFEST
-    return manifest.exists() and json.loads(manifest.read_text()) == list_file_sizes(checkpoint)
+    sizes = list_file_sizes(checkpoint)
+    return manifest.exists() and all(sizes.get(name) == size for name, size in json.loads(manifest.read_text()).items())
 
 
 class WholeCheckpoints(TrainerCallback):
