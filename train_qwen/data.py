@@ -30,11 +30,7 @@ class UserError(ValueError):
 
 
 def list_files(data_path: str) -> list[str]:
-    """The `.json` / `.jsonl` files of a file or folder, in the order of their names.
-
-    Raises:
-        UserError: there is no such path, or no such file in it.
-    """
+    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
     path = Path(data_path)
     if path.is_file():
         return [str(path)]
@@ -47,11 +43,7 @@ def list_files(data_path: str) -> list[str]:
 
 
 def detect_encoding(path: str) -> tuple[str, str]:
-    """Encoding of a whole file, UTF-8 before GB18030, decoded strictly; and the SHA-256 of its bytes.
-
-    Raises:
-        UserError: the file is neither, with the offset of the first byte that is not UTF-8.
-    """
+    """Encoding of a whole file (UTF-8, else GB18030, both strictly) and its SHA-256; raises UserError with the offset."""
     first_error = None
     for encoding in ("utf-8-sig", "gb18030"):
         decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
@@ -147,11 +139,7 @@ def to_messages(row: object) -> tuple[list[dict], list[str]]:
 
 
 def check_messages(messages: list[dict]) -> list[dict]:
-    """The same messages with their roles' standard names: an optional system, then user and assistant in turn.
-
-    Raises:
-        UserError: which message breaks the order, or is empty, or is no text.
-    """
+    """The messages with standard roles; raises UserError where one breaks the order, or is empty, or is no text."""
     checked = []
     for number, message in enumerate(messages, start=1):
         role = ROLES.get(message["role"])
@@ -194,17 +182,22 @@ def read_rows(paths: list[str], encodings: list[str]) -> Iterator[dict]:
         raise UserError(f"{', '.join(paths)}: no row in it.")
 
 
+def control_tokens(tokenizer) -> list[str]:
+    """The tokens that a template sets its marks with: all that are special, named (EOS, ...) or only added as such."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens))
+
+
 def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, int]]:
     """Where in the rendered conversation the assistant speaks: (start, end) characters, end-of-turn included.
 
-    A turn starts where the template, asked for a reply to what came before, would let the model begin: training
-    sees what serving will send. It ends with the first special token after it, whichever the template uses.
+    A turn starts where the template would let the model begin to reply: training sees what serving will send. It ends
+    with the control token that follows the answer, or else with the answer.
 
     Raises:
-        UserError: the template renders earlier turns otherwise once later ones follow.
+        UserError: the template renders earlier turns otherwise once later ones follow, or changes an answer.
     """
-    special_tokens = tokenizer.all_special_tokens
-    spans = []
+    answers, starts = {}, []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -213,8 +206,19 @@ def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, in
         start = len(os.path.commonprefix([text, prompt]))
         if start < len(history):
             raise UserError("the chat template rewrites earlier turns, so the prompt of a turn can't be found")
-        ends = [text.index(token, start) + len(token) for token in special_tokens if token in text[start:]]
-        spans.append((start, min(ends, default=len(text))))
+        starts.append(start)
+        answers[start] = message["content"].rpartition("</think>")[2].strip()  # templates drop old thoughts
+    spans = []
+    for start, limit in zip(starts, [*starts[1:], len(text)], strict=True):
+        ends = [(text.index(token, start), token) for token in control_tokens(tokenizer) if token in text[start:limit]]
+        end, token = min(ends, default=(limit, ""))
+        if token and text[start:end].strip().endswith(answers[start]):
+            end += len(token)
+        elif (place := text.find(answers[start], start, limit)) >= 0:
+            end = place + len(answers[start])
+        else:
+            raise UserError("the chat template changes an answer, so it can't be found in the rendered text")
+        spans.append((start, end))
     return spans
 
 
@@ -230,7 +234,7 @@ def encode_conversation(messages: list[dict], tokenizer, model_max_length: int) 
         UserError: a message holds a control token, or the newest exchange alone is too long.
     """
     for number, message in enumerate(messages, start=1):
-        for token in tokenizer.all_special_tokens:
+        for token in control_tokens(tokenizer):
             if token in message["content"]:
                 raise UserError(f"message {number}: the text holds the control token {token}")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -243,7 +247,7 @@ def encode_conversation(messages: list[dict], tokenizer, model_max_length: int) 
         if span < len(spans) and start >= spans[span][0] and end > start:
             labels[position] = input_ids[position]
     supervised = [label for label in labels if label != IGNORE_INDEX]
-    if supervised and supervised[-1] not in tokenizer.all_special_ids:
+    if supervised and tokenizer.convert_ids_to_tokens(supervised[-1]) not in control_tokens(tokenizer):
         # A template without an end-of-turn token would train a model that never stops.
         input_ids, labels = input_ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
 
@@ -279,8 +283,7 @@ def encode_row(row: dict, tokenizer, model_max_length: int) -> dict:
 def load_encoded(data_path: str, tokenizer, model_max_length: int) -> tuple[Dataset, str]:
     """All rows of a path, good and bad, tokenised once: the first process to come does it, the others read its cache.
 
-    Rows live in memory-mapped Arrow files, however many there are. The cache's name is a hash of all that decides
-    what is in it, this file included, so that nothing stale is ever read.
+    Rows live in memory-mapped Arrow files. The cache's name is a hash of all that decides what is in it.
 
     Returns:
         The rows of `encode_row`, and a hash of the data as the model will see it (files, tokenizer, template, length).

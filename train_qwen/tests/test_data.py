@@ -85,6 +85,32 @@ def test_template_that_rewrites_the_last_answer(tiny_folder):
     assert text == "等于二。<|im_end|><think>\n\n</think>\n\n等于四。<|im_end|>"
 
 
+QUESTION_ANSWER_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}### 问：{{ message.content }}
+### 答：{% elif message.role == 'assistant' %}{{ message.content }}
+{% endif %}{% endfor %}"""
+# The behaviour of Phi-3's template: the end of a turn is a special token that has no name such as EOS.
+PHI_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
+{{ message.content }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(QUESTION_ANSWER_TEMPLATE, "等于二。等于四。<|im_end|>"), (PHI_TEMPLATE, "等于二。<|end|>等于四。<|end|>")],
+)
+def test_templates_whose_end_of_turn_has_no_name(template, expected, tiny_folder):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    if template == PHI_TEMPLATE:
+        marks = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+        tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer.chat_template = template
+    assert supervised_text(tokenizer, encode_conversation(TURNS[1:], tokenizer, 2048)) == expected
+
+
 def test_too_long_a_conversation_loses_its_oldest_exchange_and_keeps_the_system_message(tokenizer):
     whole = encode_conversation(TURNS, tokenizer, 2048)
     shorter = encode_conversation(TURNS, tokenizer, len(whole["input_ids"]) - 1)
