@@ -43,7 +43,7 @@ def list_files(data_path: str) -> list[str]:
 
 
 def detect_encoding(path: str) -> tuple[str, str]:
-    """Encoding of a whole file (UTF-8, else GB18030, both strictly) and its SHA-256; raises UserError with the offset."""
+    """A file's encoding (UTF-8, else GB18030, strictly) and SHA-256; raises UserError with the bad byte's offset."""
     first_error = None
     for encoding in ("utf-8-sig", "gb18030"):
         decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
