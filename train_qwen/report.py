@@ -114,7 +114,7 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
     args, history = trainer.args, trainer.state.log_history
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     seconds = train_metrics["train_runtime"]
-    tokens = summary["tokens"] * steps / trainer.state.max_steps * trainer.state.num_train_epochs
+    tokens = summary["tokens"] * trainer.state.epoch * steps / trainer.state.global_step
     results = {
         "steps": trainer.state.global_step,
         "train_loss": train_metrics["train_loss"],
@@ -122,7 +122,7 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         "tokens_per_second": tokens / seconds,
     }
     if held_out:
-        after = min(held_out) if args.load_best_model_at_end else held_out[-1]
+        after = trainer.state.best_metric if args.load_best_model_at_end else held_out[-1]
         results |= {
             "eval_loss_before": held_out[0],
             "eval_loss_after": after,

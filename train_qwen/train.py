@@ -186,6 +186,7 @@ def main():
         run = describe_run(model_args, data_args, args, summary)
         found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
     checkpoint, messages = broadcast_object_list(found)
+    args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     model = load_model(model_args, args)
 
     trainer = SFTTrainer(

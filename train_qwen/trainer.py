@@ -123,13 +123,13 @@ class SFTTrainer(Trainer):
                 self.head = None
             if not try_packed or not self.model.is_backend_compatible():
                 return
-            if not self.own_attention.startswith("flash"):
-                self.model.set_attn_implementation("packed_sdpa")
-            self.packed_rows = True
             try:
+                if not self.own_attention.startswith("flash"):
+                    self.model.set_attn_implementation("packed_sdpa")
+                self.packed_rows = True
                 if not same_loss():
                     self.leave_fast_path()
-            except NotImplementedError:
+            except (NotImplementedError, ValueError):  # the attention has what SDPA lacks, or refuses another function
                 self.leave_fast_path()
 
     def leave_fast_path(self) -> None:
