@@ -100,8 +100,7 @@ PHI_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
     [(QUESTION_ANSWER_TEMPLATE, "等于二。等于四。<|im_end|>"), (PHI_TEMPLATE, "等于二。<|end|>等于四。<|end|>")],
 )
 def test_templates_whose_end_of_turn_has_no_name(template, expected, tiny_folder):
-    from tokenizers import AddedToken
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     if template == PHI_TEMPLATE:
