@@ -83,7 +83,7 @@ def reply_text(page) -> str:
     return page.locator(REPLY).last.inner_text()
 
 
-def wait_until(page, condition, seconds: float = 8) -> None:
+def wait_until(page, condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
