@@ -214,7 +214,7 @@ def main():
         steps = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
         print(json.dumps(save_report(trainer, summary, output.metrics, steps), indent=2))
         lock.close()
-    # A process that exits while gloo's threads still hold its last tensors can abort (pytorch#190489), and torchrun would
+    # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
