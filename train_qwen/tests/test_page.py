@@ -120,7 +120,7 @@ def test_reply_streams_stops_is_asked_for_again_and_cleared(page, tmp_path):
     assert page.locator(".message").count() == 0, "a late piece of the old reply came back"
 
     ask(page, "日月")
-    page.locator(REPLY).wait_for()
+    wait_until(page, lambda: page.locator(REPLY).count() == 1 and len(reply_text(page)) > 5)
     ask(page, "宇宙")
     page.locator(REPLY).wait_for()
     page.get_by_text("宇宙", exact=True).wait_for()
@@ -166,8 +166,7 @@ def test_page_that_is_closed_ends_its_reply(browser, address):
     page = browser.new_page()
     page.goto(address)
     ask(page)
-    page.locator(REPLY).wait_for()
-    assert generating()
+    wait_until(page, generating)
     page.close()
     end = time.monotonic() + 8
     while generating():
