@@ -121,6 +121,9 @@ def test_reply_streams_stops_is_asked_for_again_and_cleared(page, tmp_path):
 
     ask(page, "日月")
     wait_until(page, lambda: page.locator(REPLY).count() == 1 and len(reply_text(page)) > 5)
+    page.get_by_role("button", name="停止").click()
+    wait_until(page, lambda: not generating())
+    page.wait_for_timeout(1000)
     ask(page, "宇宙")
     page.locator(REPLY).wait_for()
     page.get_by_text("宇宙", exact=True).wait_for()
@@ -147,6 +150,7 @@ def test_second_question_goes_out_with_the_history(page, monkeypatch):
 def test_errors_are_shown_on_the_page(page, chat, monkeypatch):
     for button in ("发送", "重新生成"):  # nothing to answer: nothing happens
         page.get_by_role("button", name=button).click()
+        page.wait_for_timeout(1000)
 
     def fail(*args, **kwargs):
         raise RuntimeError("显存不足")
