@@ -34,7 +34,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from data import UserError
+from rows import UserError
 from infer import context_length, decode_pieces, encode_prompts, generation_settings, load_chat_model, stream_tokens
 
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from data import UserError
+from rows import UserError
 
 MANIFEST = "manifest.json"
 

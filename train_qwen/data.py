@@ -1,185 +1,35 @@
-"""Files of conversations -> checked rows -> token ids with labels on the assistant's words only.
+"""Checked rows -> token ids with labels on the assistant's words only -> training and held-out rows.
 
-files -> read_rows (one encoding per file, three formats, every row checked)
-      -> encode_conversation (the tokenizer's own chat template, turn by turn)
-      -> load_splits (cached by content, held-out rows kept out of the training rows)
+rows.read_rows -> encode_conversation (the tokenizer's own chat template, turn by turn)
+               -> load_splits (cached by content, held-out rows kept out of the training rows)
 """
 
-import codecs
+import bisect
 import hashlib
 import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
+from jinja2 import TemplateError
+
+from rows import UserError, detect_encoding, list_files, read_rows
 
 IGNORE_INDEX = -100
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 CACHE_DIR = Path(__file__).parent / "cache_data"
-ROW_FEATURES = Features({name: Value("string") for name in ("messages", "source", "error", "raw", "unused_keys")})
-
-
-class UserError(ValueError):
-    """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
-
-
-def list_files(data_path: str) -> list[str]:
-    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
-    path = Path(data_path)
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
-    files = sorted(str(file) for file in path.rglob("*") if file.suffix in (".json", ".jsonl"))
-    if not files:
-        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
-    return files
-
-
-def detect_encoding(path: str) -> tuple[str, str]:
-    """A file's encoding (UTF-8, else GB18030, strictly) and SHA-256; raises UserError with the bad byte's offset."""
-    first_error = None
-    for encoding in ("utf-8-sig", "gb18030"):
-        decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    pending = len(decoder.getstate()[0])
-                    if b"\0" in chunk:
-                        offset = position + chunk.index(b"\0")
-                        raise UserError(f"{path}: NUL at byte {offset}: UTF-16 or binary? Save the file as UTF-8.")
-                    decoder.decode(chunk)
-                    position += len(chunk)
-                    digest.update(chunk)
-                pending = len(decoder.getstate()[0])
-                decoder.decode(b"", final=True)
-            return encoding, digest.hexdigest()
-        except UnicodeDecodeError as error:
-            first_error = first_error or (position - pending + error.start)
-    raise UserError(
-        f"{path}: neither UTF-8 (first bad byte at offset {first_error}) nor GB18030. Save the file as UTF-8."
-    )
-
-
-def read_json(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
-    """Yields (line number, value or UserError, text) of a JSON array or of a file with one JSON object a line.
-
-    Raises:
-        UserError: an array that is broken, with line and column (what follows cannot be told apart any more).
-    """
-    with open(path, encoding=encoding) as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        file.seek(0)
-        if start != "[":
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line), line
-                    except json.JSONDecodeError as error:
-                        yield number, UserError(f"no JSON: {error.msg} at column {error.colno}"), line
-            return
-        text = file.read()
-    decoder, position, number, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if text[position : position + 1] == "]":
-            return
-        number, counted = number + text.count("\n", counted, position), position
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}:{error.colno}: no JSON: {error.msg}") from None
-        yield number, value, text[position:end]
-        position = end
-
-
-def to_messages(row: object) -> tuple[list[dict], list[str]]:
-    """One row of any of the three formats as `[{"role", "content"}, ...]`, and the keys that were not used.
-
-    Raises:
-        UserError: what the row lacks, in words.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"a row is a JSON object, this is a {type(row).__name__}")
-    if "messages" in row or "conversations" in row:
-        name, role_key, text_key = (
-            ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-        )
-        turns, used = row[name], {name, "system"}
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"{name} is a list of objects with {role_key} and {text_key}")
-        messages = [{"role": turn.get(role_key), "content": turn.get(text_key)} for turn in turns]
-    elif "instruction" in row:
-        used = {"instruction", "input", "output", "history", "system"}
-        if "output" not in row:
-            raise UserError("no output")
-        question = row["instruction"]
-        if row.get("input"):
-            question = f"{question}\n{row['input']}"
-        pairs = [*(row.get("history") or []), (question, row["output"])]
-        messages = [
-            {"role": role, "content": text}
-            for pair in pairs
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-    else:
-        raise UserError(f"none of messages, conversations, instruction among its keys {sorted(row)}")
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return check_messages(messages), sorted(set(row) - used)
-
-
-def check_messages(messages: list[dict]) -> list[dict]:
-    """The messages with standard roles; raises UserError where one breaks the order, or is empty, or is no text."""
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        role = ROLES.get(message["role"])
-        if role is None:
-            raise UserError(f"message {number}: unknown role {message['role']!r}, known are {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise UserError(f"message {number} ({role}): the text is {type(message['content']).__name__}, not a string")
-        if not message["content"].strip():
-            raise UserError(f"message {number} ({role}): the text is empty")
-        checked.append({"role": role, "content": message["content"]})
-    if not any(message["role"] == "assistant" for message in checked):
-        raise UserError("no assistant turn, so there is nothing to learn")
-    first = int(checked[0]["role"] == "system")
-    for number, message in enumerate(checked[first:], start=first + 1):
-        expected = ("user", "assistant")[(number - first - 1) % 2]
-        if message["role"] != expected:
-            raise UserError(
-                f"message {number}: roles in the wrong order, {message['role']} where {expected} was expected"
-            )
-    if checked[-1]["role"] != "assistant":
-        raise UserError("the last message is the user's, so its answer is missing")
-    return checked
-
-
-def read_rows(paths: list[str], encodings: list[str]) -> Iterator[dict]:
-    """Every row of every file, good or bad: its messages as JSON, its `file:line`, and what is wrong with it."""
-    row = None
-    for path, encoding in zip(paths, encodings, strict=True):
-        for number, value, text in read_json(path, encoding):
-            row = {"messages": "", "source": f"{path}:{number}", "error": "", "raw": "", "unused_keys": "[]"}
-            try:
-                if isinstance(value, UserError):
-                    raise value
-                messages, unused_keys = to_messages(value)
-                row.update(messages=json.dumps(messages, ensure_ascii=False), unused_keys=json.dumps(unused_keys))
-            except UserError as error:
-                row.update(error=str(error), raw=text.strip())
-            yield row
-    if row is None:
-        raise UserError(f"{', '.join(paths)}: no row in it.")
+TEXT_FEATURES = {name: Value("string") for name in ("source", "error", "raw", "unused_keys")}
+ROW_FEATURES = Features(TEXT_FEATURES | {"messages": Value("string")})
+ENCODED_FEATURES = Features(
+    TEXT_FEATURES
+    | {name: List(Value("int32")) for name in ("input_ids", "labels")}
+    | {name: Value("int64") for name in ("exchanges_dropped", "length", "supervised")}
+    | {"key": Value("string")}
+)
 
 
 def control_tokens(tokenizer) -> list[str]:
@@ -188,7 +38,7 @@ def control_tokens(tokenizer) -> list[str]:
     return sorted(added | set(tokenizer.all_special_tokens))
 
 
-def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, int]]:
+def find_turns(text: str, messages: list[dict], tokenizer, control: list[str]) -> list[tuple[int, int]]:
     """Where in the rendered conversation the assistant speaks: (start, end) characters, end-of-turn included.
 
     A turn starts where the template would let the model begin to reply: training sees what serving will send. It ends
@@ -210,7 +60,8 @@ def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, in
         answers[start] = message["content"].rpartition("</think>")[2].strip()  # templates drop old thoughts
     spans = []
     for start, limit in zip(starts, [*starts[1:], len(text)], strict=True):
-        ends = [(text.index(token, start), token) for token in control_tokens(tokenizer) if token in text[start:limit]]
+        turn = text[start:limit]
+        ends = [(start + turn.index(token), token) for token in control if token in turn]
         end, token = min(ends, default=(limit, ""))
         if token and text[start:end].strip().endswith(answers[start]):
             end += len(token)
@@ -222,23 +73,23 @@ def find_turns(text: str, messages: list[dict], tokenizer) -> list[tuple[int, in
     return spans
 
 
-def encode_conversation(messages: list[dict], tokenizer, model_max_length: int) -> dict:
-    """Token ids of a conversation and labels that leave out all but the assistant's words.
-
-    Too long a conversation loses its oldest exchanges, never the system message or the newest exchange.
-
-    Returns:
-        `input_ids` and `labels` of equal length (labels: the id, or -100), and `exchanges_dropped`.
+def encode_conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and its labels: the id where the assistant speaks, -100 elsewhere.
 
     Raises:
-        UserError: a message holds a control token, or the newest exchange alone is too long.
+        UserError: a message holds a control token, the chat template refuses the conversation, or nothing is left
+            to learn from.
     """
+    control = control_tokens(tokenizer)
     for number, message in enumerate(messages, start=1):
-        for token in control_tokens(tokenizer):
+        for token in control:
             if token in message["content"]:
                 raise UserError(f"message {number}: the text holds the control token {token}")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = find_turns(text, messages, tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = find_turns(text, messages, tokenizer, control)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses it: {error}") from None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids, labels, span = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"]), 0
     for position, (start, end) in enumerate(encoded["offset_mapping"]):
@@ -247,19 +98,41 @@ def encode_conversation(messages: list[dict], tokenizer, model_max_length: int) 
         if span < len(spans) and start >= spans[span][0] and end > start:
             labels[position] = input_ids[position]
     supervised = [label for label in labels if label != IGNORE_INDEX]
-    if supervised and tokenizer.convert_ids_to_tokens(supervised[-1]) not in control_tokens(tokenizer):
-        # A template without an end-of-turn token would train a model that never stops.
-        input_ids, labels = input_ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
-
-    if len(input_ids) > model_max_length:
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        if len(messages) - first <= 2:
-            raise UserError(f"{len(input_ids)} tokens in its newest exchange, model_max_length is {model_max_length}")
-        shorter = encode_conversation(messages[:first] + messages[first + 2 :], tokenizer, model_max_length)
-        return {**shorter, "exchanges_dropped": shorter["exchanges_dropped"] + 1}
     if not supervised:
         raise UserError("no token of the assistant is left to learn from")
-    return {"input_ids": input_ids, "labels": labels, "exchanges_dropped": 0}
+    if tokenizer.convert_ids_to_tokens(supervised[-1]) not in control:
+        # A template without an end-of-turn token would train a model that never stops.
+        input_ids, labels = input_ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
+    return input_ids, labels
+
+
+def encode_newest(messages: list[dict], tokenizer, model_max_length: int) -> dict:
+    """A conversation of at most `model_max_length` tokens.
+
+    Too long a one loses its oldest exchanges, never the system message or the newest exchange.
+
+    Returns:
+        `input_ids` and `labels` of `encode_conversation`, and `exchanges_dropped`.
+
+    Raises:
+        UserError: as `encode_conversation`, or the newest exchange alone is too long.
+    """
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+
+    def encode_without(exchanges: int):
+        return encode_conversation(messages[:first] + messages[first + 2 * exchanges :], tokenizer)
+
+    def fits(exchanges: int) -> bool:
+        return len(encode_without(exchanges)[0]) <= model_max_length
+
+    dropped, (input_ids, labels) = 0, encode_without(0)
+    if len(input_ids) > model_max_length:
+        newest = (len(messages) - first) // 2 - 1
+        dropped = bisect.bisect_left(range(newest), True, lo=min(1, newest), key=fits)
+        input_ids, labels = encode_without(dropped)
+    if len(input_ids) > model_max_length:
+        raise UserError(f"{len(input_ids)} tokens in its newest exchange, model_max_length is {model_max_length}")
+    return {"input_ids": input_ids, "labels": labels, "exchanges_dropped": dropped}
 
 
 def encode_row(row: dict, tokenizer, model_max_length: int) -> dict:
@@ -267,7 +140,7 @@ def encode_row(row: dict, tokenizer, model_max_length: int) -> dict:
     encoded, error = {"input_ids": [], "labels": [], "exchanges_dropped": 0}, row["error"]
     if not error:
         try:
-            encoded = encode_conversation(json.loads(row["messages"]), tokenizer, model_max_length)
+            encoded = encode_newest(json.loads(row["messages"]), tokenizer, model_max_length)
         except UserError as reason:
             error = str(reason)
     return {
@@ -290,9 +163,11 @@ def load_encoded(data_path: str, tokenizer, model_max_length: int) -> tuple[Data
     """
     paths = list_files(data_path)
     encodings, digests = zip(*map(detect_encoding, paths), strict=True)
-    content = [digests, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, model_max_length]
+    special_tokens = str(tokenizer.special_tokens_map)
+    content = [digests, tokenizer.backend_tokenizer.to_str(), special_tokens, tokenizer.chat_template, model_max_length]
     content_hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    code_hash = hashlib.sha256(json.dumps([paths, Path(__file__).read_text("utf-8")]).encode()).hexdigest()[:16]
+    code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("rows.py", "data.py")]
+    code_hash = hashlib.sha256(json.dumps([paths, code]).encode()).hexdigest()[:16]
     folder = CACHE_DIR / f"{content_hash}-{code_hash}"
     CACHE_DIR.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
@@ -311,6 +186,7 @@ def load_encoded(data_path: str, tokenizer, model_max_length: int) -> tuple[Data
                 encode_row,
                 fn_kwargs={"tokenizer": tokenizer, "model_max_length": model_max_length},
                 remove_columns=["messages"],
+                features=ENCODED_FEATURES,
                 num_proc=min(os.cpu_count(), len(rows) // 2000) or None,
                 new_fingerprint=folder.name,
                 desc="tokenize",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data import UserError
+from rows import UserError
 from infer import encode_prompts, find_base_model, load_chat_model
 
 # Largest difference of a logit, as a share of the largest logit, that rounding the weights explains.

@@ -21,7 +21,7 @@ from queue import Queue
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import UserError, detect_encoding
+from rows import UserError, detect_encoding
 
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 EXAMPLES = ["你是谁？", "请用三句话介绍一下长城。", "“画蛇添足”是什么意思？", "感冒了应该注意什么？"]

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from data import CACHE_DIR, IGNORE_INDEX, UserError, detect_encoding, encode_conversation, list_files, read_rows
+from data import CACHE_DIR, IGNORE_INDEX, encode_conversation
+from rows import UserError, detect_encoding, list_files, read_rows
 
 # The layout of ChatML, which Qwen was trained on (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md).
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -95,7 +96,7 @@ def load_tokenizer(model_args):
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好"}]
-    labels = encode_conversation(turns, tokenizer, model_max_length=10**6)["labels"]
+    _, labels = encode_conversation(turns, tokenizer)
     end_of_turn = [label for label in labels if label != IGNORE_INDEX][-1]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn)
     if tokenizer.pad_token is None:

@@ -12,8 +12,9 @@ import sys
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, UserError, load_splits
+from data import IGNORE_INDEX, load_splits
 from infer import load_chat_model
+from rows import UserError
 
 
 def first_exchange(row: dict) -> tuple[list[int], list[int]]:

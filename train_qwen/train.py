@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from checkpoint import find_checkpoint, lock_output_dir
-from data import UserError, load_splits
+from data import load_splits
 from model import load_model, load_tokenizer, tiny_model_folder
 from report import SpeedProgress, print_first_screen, save_report
+from rows import UserError
 from trainer import SFTTrainer
 
 

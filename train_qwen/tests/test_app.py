@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 import app
-from data import UserError
+from rows import UserError
 from infer import load_chat_model, reply_batch
 
 KEY = "sk-test-123"

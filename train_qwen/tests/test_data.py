@@ -7,18 +7,8 @@ import numpy as np
 import pytest
 
 from conftest import make_conversations, write_rows
-from data import (
-    IGNORE_INDEX,
-    UserError,
-    check_messages,
-    column,
-    detect_encoding,
-    encode_conversation,
-    load_encoded,
-    load_splits,
-    read_rows,
-    to_messages,
-)
+from data import IGNORE_INDEX, column, encode_conversation, encode_newest, encode_row, load_encoded, load_splits
+from rows import UserError, check_messages, detect_encoding, list_files, read_rows, to_messages
 
 TURNS = [
     {"role": "system", "content": "你是老师。"},
@@ -39,8 +29,8 @@ THINKING_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role 
 {% endif %}"""
 
 
-def supervised_text(tokenizer, encoded) -> str:
-    return tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
+def supervised_text(tokenizer, labels: list[int]) -> str:
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
 
 
 def settings(data_path, **changed):
@@ -61,10 +51,10 @@ def turns(*roles_and_texts):
 
 
 def test_labels_decode_to_every_answer_with_its_end_of_turn(tokenizer):
-    encoded = encode_conversation(TURNS, tokenizer, 2048)
-    assert supervised_text(tokenizer, encoded) == "等于二。<|im_end|>等于四。<|im_end|>"
-    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(TURNS, tokenize=False)
-    kept = [(token, label) for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label >= 0]
+    input_ids, labels = encode_conversation(TURNS, tokenizer)
+    assert supervised_text(tokenizer, labels) == "等于二。<|im_end|>等于四。<|im_end|>"
+    assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    kept = [(token, label) for token, label in zip(input_ids, labels, strict=True) if label >= 0]
     assert all(token == label for token, label in kept)
 
 
@@ -73,7 +63,7 @@ def test_end_of_turn_is_supervised_where_it_is_the_padding_token_too(tiny_folder
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, pad_token="<|im_end|>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert encode_conversation(TURNS, tokenizer, 2048)["labels"].count(tokenizer.eos_token_id) == 2
+    assert encode_conversation(TURNS, tokenizer)[1].count(tokenizer.eos_token_id) == 2
 
 
 def test_template_that_rewrites_the_last_answer(tiny_folder):
@@ -81,7 +71,7 @@ def test_template_that_rewrites_the_last_answer(tiny_folder):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, chat_template=THINKING_TEMPLATE)
     tokenizer.chat_template = THINKING_TEMPLATE
-    text = supervised_text(tokenizer, encode_conversation(TURNS, tokenizer, 2048))
+    text = supervised_text(tokenizer, encode_conversation(TURNS, tokenizer)[1])
     assert text == "等于二。<|im_end|><think>\n\n</think>\n\n等于四。<|im_end|>"
 
 
@@ -107,27 +97,49 @@ def test_templates_whose_end_of_turn_has_no_name(template, expected, tiny_folder
         marks = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
         tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     tokenizer.chat_template = template
-    assert supervised_text(tokenizer, encode_conversation(TURNS[1:], tokenizer, 2048)) == expected
+    assert supervised_text(tokenizer, encode_conversation(TURNS[1:], tokenizer)[1]) == expected
 
 
 def test_too_long_a_conversation_loses_its_oldest_exchange_and_keeps_the_system_message(tokenizer):
-    whole = encode_conversation(TURNS, tokenizer, 2048)
-    shorter = encode_conversation(TURNS, tokenizer, len(whole["input_ids"]) - 1)
+    whole = encode_newest(TURNS, tokenizer, 2048)
+    assert whole["exchanges_dropped"] == 0
+    assert encode_newest(TURNS, tokenizer, len(whole["input_ids"])) == whole
+    shorter = encode_newest(TURNS, tokenizer, len(whole["input_ids"]) - 1)
     assert shorter["exchanges_dropped"] == 1
     assert tokenizer.decode(shorter["input_ids"]).startswith("<|im_start|>system\n你是老师。")
-    assert supervised_text(tokenizer, shorter) == "等于四。<|im_end|>"
+    assert supervised_text(tokenizer, shorter["labels"]) == "等于四。<|im_end|>"
+
+
+def test_a_conversation_of_a_thousand_exchanges_keeps_as_many_of_the_newest_as_fit(tokenizer):
+    exchanges = [turns(("user", f"第{number}问？"), ("assistant", f"第{number}答。")) for number in range(1000)]
+    encoded = encode_newest([TURNS[0], *sum(exchanges, [])], tokenizer, 400)
+    dropped = encoded["exchanges_dropped"]
+    assert supervised_text(tokenizer, encoded["labels"]).startswith(f"第{dropped}答。<|im_end|>第{dropped + 1}答。")
+    one_more, _ = encode_conversation([TURNS[0], *sum(exchanges[dropped - 1 :], [])], tokenizer)
+    assert len(encoded["input_ids"]) <= 400 < len(one_more)
 
 
 def test_an_exchange_that_is_too_long_alone_is_refused(tokenizer):
     turns = [{"role": "user", "content": "天" * 100_000}, {"role": "assistant", "content": "地"}]
     with pytest.raises(UserError, match=r"\d+ tokens in its newest exchange, model_max_length is 2048"):
-        encode_conversation(turns, tokenizer, 2048)
+        encode_newest(turns, tokenizer, 2048)
 
 
 def test_control_tokens_in_a_message_are_refused(tokenizer):
     turns = [{"role": "user", "content": "好<|im_end|>"}, {"role": "assistant", "content": "好"}]
     with pytest.raises(UserError, match=r"message 1.*control token <\|im_end\|>"):
-        encode_conversation(turns, tokenizer, 2048)
+        encode_conversation(turns, tokenizer)
+
+
+def test_what_the_template_refuses_is_a_bad_row(tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    # The behaviour of Gemma 2's template.
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    row = {"messages": json.dumps(TURNS), "source": "a:1", "error": "", "raw": "", "unused_keys": "[]"}
+    assert encode_row(row, tokenizer, 2048)["error"] == "the chat template refuses it: System role not supported"
 
 
 def test_the_three_formats_say_the_same():
@@ -174,6 +186,15 @@ def test_the_three_formats_say_the_same():
         ({"messages": turns(("user", "好"), ("assistant", "好"), ("user", "好"))}, "the last message is the user's"),
         ({"messages": turns(("user", "好"), ("robot", "好"))}, "message 2: unknown role 'robot'"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "好"}]}, "message 1 .*NoneType"),
+        ({"messages": [{"role": ["user"], "content": "好"}]}, r"message 1: unknown role \['user'\]"),
+        ({"instruction": None, "input": "你好", "output": "好"}, "instruction and input are strings"),
+        ({"instruction": "问", "input": ["你好"], "output": "好"}, "instruction and input are strings"),
+        ({"instruction": "问", "output": "好", "history": [{"问": 1, "答": 2}]}, "history is a list of .question"),
+        ({"instruction": "问", "output": "好", "history": [["问", "答", "问"]]}, "history is a list of .question"),
+        ({"instruction": "问", "output": "好", "history": ["问答"]}, "history is a list of .question"),
+        ({"instruction": "问", "output": "好", "history": 3}, "history is a list of .question"),
+        ({"instruction": "问", "output": "好", "history": [["问", 3]]}, r"message 2 \(assistant\): the text is int"),
+        ({"instruction": "问\ud83d", "output": "好"}, r"message 1 \(user\): half a character"),
     ],
 )
 def test_bad_rows_say_what_they_lack(row, reason):
@@ -215,6 +236,15 @@ def test_what_is_no_json_is_named_by_file_line_and_column(tokenizer, tmp_path):
     path.write_text('[\n {"instruction": "问", "output": "答"},\n {"instruction" "问"}\n]', encoding="utf-8")
     with pytest.raises(UserError, match=r"array\.json:3:17: no JSON"):
         load_encoded(str(path), tokenizer, 2048)
+    row = '{"instruction": "问", "output": "答"}'
+    for text, place, reason in [
+        (f"[\n{row}\n{row}]", "3:1", "a comma or ] is missing"),
+        (f"[{row}]\n[{row}]", "2:1", "there is more after the end of the array"),
+        (f"[{row},\n", "2:1", "Expecting value"),
+    ]:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"array\.json:{place}: no JSON: {reason}"):
+            load_encoded(str(path), tokenizer, 2048)
     path = tmp_path / "lines.jsonl"
     path.write_text('{"instruction": "问", "output": "答"}\n{"instruction" "问"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"1 of 2 rows.*\n.*lines\.jsonl:2: no JSON: .* at column 16"):
@@ -229,6 +259,18 @@ def test_an_empty_folder_an_empty_file_and_a_missing_path(tokenizer, tmp_path):
     (tmp_path / "empty.json").write_text("")
     with pytest.raises(UserError, match="no row in it"):
         load_encoded(str(tmp_path), tokenizer, 2048)
+
+
+def test_hidden_copies_are_not_read_and_endings_may_be_capital(tmp_path):
+    for name in ("a.JSON", "b.jsonl", ".ipynb_checkpoints/a-checkpoint.json", "._a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    assert list_files(str(tmp_path)) == [str(tmp_path / "a.JSON"), str(tmp_path / "b.jsonl")]
+
+
+def test_a_file_that_begins_with_a_thousand_bad_rows_is_read(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "问"}] * 1500 + make_conversations(3))
+    assert column(load_encoded(path, tokenizer, 2048)[0], "length")[-3:].all()
 
 
 def test_bad_rows_stop_the_run_or_are_skipped_counted_and_written(tokenizer, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from data import UserError
+from rows import UserError
 from infer import load_chat_model
 
 

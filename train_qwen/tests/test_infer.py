@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import infer
-from data import UserError
+from rows import UserError
 from infer import decode_pieces, encode_prompts, load_chat_model, reply_batch, stream_reply
 
 QUESTION = [{"role": "user", "content": "天地玄黄"}]

@@ -1,6 +1,5 @@
 """The loss is one and the same, however the rows are laid out and whoever computes them."""
 
-import json
 
 import pytest
 import torch
@@ -190,7 +189,6 @@ def test_plain_template_learns_to_stop(tokenizer):
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "天地玄黄"}]
     tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = PLAIN_TEMPLATE
-    encoded = encode_conversation(turns, tokenizer, 100)
-    supervised = [label for label in encoded["labels"] if label != -100]
+    _, labels = encode_conversation(turns, tokenizer)
+    supervised = [label for label in labels if label != -100]
     assert tokenizer.decode(supervised) == f" 天地玄黄{tokenizer.eos_token}"
-    assert json.dumps(encoded)

@@ -98,7 +98,7 @@ def test_a_truncated_file_counts_as_torn(tmp_path):
 
 def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tmp_path):
     from checkpoint import find_checkpoint
-    from data import UserError
+    from rows import UserError
 
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="not written here"):

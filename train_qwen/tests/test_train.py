@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import RECIPE, losses, read_history, run_train, train_here
-from data import UserError
+from rows import UserError
 
 
 def paths(model, data, output, eval_data=None):
