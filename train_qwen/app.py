@@ -34,8 +34,8 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from rows import UserError
 from infer import context_length, decode_pieces, encode_prompts, generation_settings, load_chat_model, stream_tokens
+from rows import UserError
 
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.
 UNSUPPORTED = {

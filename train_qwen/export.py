@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rows import UserError
 from infer import encode_prompts, find_base_model, load_chat_model
+from rows import UserError
 
 # Largest difference of a logit, as a share of the largest logit, that rounding the weights explains.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rows import UserError, detect_encoding
 
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
-EXAMPLES = ["你是谁？", "请用三句话介绍一下长城。", "“画蛇添足”是什么意思？", "感冒了应该注意什么？"]
 
 
 def check_model_path(path: str, named_by: str = "") -> None:
@@ -240,79 +239,6 @@ def reply_batch(
     return [decode(tokenizer, reply).rstrip(HALF_CHARACTER) for reply in replies]
 
 
-def stream_page(model, tokenizer, history, system, settings, stop_event) -> Iterator[tuple]:
-    """Yields (messages to show, messages that were said) while a reply grows; an error is shown but was not said."""
-    messages = [{"role": "system", "content": system}, *history] if system.strip() else history
-    text = ""
-    try:
-        for piece in stream_reply(model, tokenizer, messages, *settings, stop_event=stop_event):
-            text += piece
-            said = [*history, {"role": "assistant", "content": text}]
-            yield said, said
-    except Exception as error:
-        failure = f"⚠️ 生成失败（{type(error).__name__}）：{error}"
-        yield [*history, {"role": "assistant", "content": failure}], history
-
-
-def build_demo(model, tokenizer, title: str = "中文对话演示"):
-    """A Gradio page to chat with the model: `build_demo(...).launch()` serves it on 127.0.0.1.
-
-    One reply is generated at a time, others queue. An error is shown in the chat and not sent with the next question.
-    """
-    import gradio as gr
-
-    replies = {}  # session -> the events that stop its newest reply and that tell that it is done
-
-    def end_reply(request: gr.Request):
-        stop, done = replies.get(request.session_hash, (None, None))
-        if stop:
-            stop.set()
-            done.wait()  # from here on nothing more of it can arrive
-
-    def without_last(role, history):
-        return history[:-1] if history and history[-1]["role"] == role else history
-
-    def ask(question, history):
-        if question.strip():  # a question that got no reply makes room for the new one
-            history = [*without_last("user", history), {"role": "user", "content": question}]
-        return "", history, history
-
-    def reply(request: gr.Request, history, system, *settings):
-        if not history or history[-1]["role"] != "user":
-            return
-        stop, done = replies[request.session_hash] = threading.Event(), threading.Event()
-        try:
-            yield from stream_page(model, tokenizer, history, system, settings, stop)
-        finally:
-            done.set()
-
-    with gr.Blocks(title=title, analytics_enabled=False) as demo:
-        gr.Markdown(f"# {title}")
-        history = gr.State([])  # what was said, letter by letter; the Chatbot trims what it shows
-        chatbot = gr.Chatbot(show_label=False, placeholder="请在下面输入问题，或点一个示例。", buttons=["copy"])
-        with gr.Row(equal_height=True):
-            question = gr.Textbox(placeholder="输入问题，按回车发送", show_label=False, scale=8, autofocus=True)
-            send = gr.Button("发送", variant="primary", min_width=80)
-        with gr.Row():
-            stop, again, clear = (gr.Button(label, size="md") for label in ("停止", "重新生成", "清空"))
-        gr.Examples(EXAMPLES, question, label="示例问题")
-        with gr.Accordion("设置", open=False):
-            system = gr.Textbox("", label="系统提示", placeholder="例如：你是一个乐于助人的中文助手。")
-            with gr.Row():
-                max_new_tokens = gr.Slider(1, 2048, 512, step=1, label="最大长度 (max_new_tokens)")
-                temperature = gr.Slider(0, 2, 0.7, step=0.05, label="温度 (temperature)")
-                top_p = gr.Slider(0.05, 1, 0.8, step=0.05, label="核采样 (top_p)")
-
-        chat, settings = [chatbot, history], [system, max_new_tokens, temperature, top_p]
-        asked = gr.on([question.submit, send.click], end_reply).then(ask, [question, history], [question, *chat])
-        asked_again = again.click(end_reply).then(lambda said: [without_last("assistant", said)] * 2, history, chat)
-        for event in (asked, asked_again):
-            event.then(reply, [history, *settings], chat, concurrency_id="model")
-        stop.click(end_reply)
-        gr.on([clear.click, chatbot.clear], end_reply).then(lambda: ([], []), None, chat)
-    return demo.queue(max_size=16)
-
-
 def chat_in_terminal(model, tokenizer, start: list[dict], settings: dict) -> None:
     """Reads questions from the terminal and streams the replies until /exit or the end of the input."""
     messages = start
@@ -381,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, tokenizer = load_chat_model(args.model, args.trust_remote_code)
         if args.demo:
+            from demo import build_demo
+
             demo = build_demo(model, tokenizer, title=f"与 {Path(args.model).name} 对话")
             demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
         elif args.file:

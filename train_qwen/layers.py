@@ -189,6 +189,16 @@ def supervised_mlp(mlp: nn.Module, head: SupervisedHead):
     return supervised_forward
 
 
+def layers_attend_only(config) -> bool:
+    """Whether tokens meet in attention that `packed_sdpa` and FlashAttention keep within a sequence, and nowhere else.
+
+    Convolutions and recurrences (LFM2, Qwen3-Next, Mamba) run on over the border of two samples; chunked attention
+    (Llama 4) counts its chunks from the start of the row.
+    """
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    return set(kinds) <= {"full_attention", "sliding_attention"}
+
+
 def install_supervised_head(model: nn.Module) -> SupervisedHead | None:
     """Turns the model's LM head into a SupervisedHead, in place; None where the head is not a plain linear layer."""
     head = model.get_output_embeddings()

@@ -40,12 +40,13 @@ def main():
     parser.add_argument("model", help="folder that the training wrote")
     parser.add_argument("--data_path", default="data/custom_data001", help="what it was trained on")
     parser.add_argument("--validation_split", type=float, default=0.05, help="as in training: those rows are not asked")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="as in training")
     parser.add_argument("--seed", type=int, default=42, help="as in training")
     parser.add_argument("--count", type=int, default=20, help="questions asked, drawn at random")
     parser.add_argument("--show", type=int, default=5, help="questions printed with their answers")
     parser.add_argument("--at_least", type=int, default=0, help="fewer right answers than this are an error")
     options = parser.parse_args()
-    options.eval_data_path, options.model_max_length, options.skip_bad_rows = None, 10**6, True
+    options.eval_data_path, options.skip_bad_rows = None, True
 
     model, tokenizer = load_chat_model(options.model)
     rows, _, _ = load_splits(options, tokenizer, options.seed, bad_rows_file=None)

@@ -1,6 +1,7 @@
 """What a user sees of a run: the first screen, the progress bar, train_results.json and loss.png."""
 
 import html
+import itertools
 import json
 import math
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback
 
-from data import IGNORE_INDEX
+from data import IGNORE_INDEX, column
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets.
 PEAK_TFLOPS = {
@@ -52,12 +53,9 @@ def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messa
     sampler = trainer.get_train_dataloader().batch_sampler
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
-    lengths = sampler.row_tokens
-    batches = [
-        lengths[i : i + args.per_device_train_batch_size]
-        for i in range(0, len(lengths), args.per_device_train_batch_size)
-    ]
-    padded = sum(batch.max() * len(batch) for batch in batches)
+    lengths = column(trainer.train_dataset, "length")
+    batches = [lengths[batch] for batch in itertools.islice(sampler, 1000) if batch]
+    padding = 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     notes = {
@@ -71,7 +69,7 @@ def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messa
         f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
         f"samples     {summary['rows']:,} to train on, {summary['held_out_rows']:,} held out",
         f"tokens      {summary['tokens']:,} an epoch, {summary['supervised_tokens']:,} of them supervised",
-        f"padding     none (padded batches would be {1 - lengths.sum() / padded:.0%} padding)",
+        f"padding     none (padded batches would be {padding:.0%} padding)",
         f"steps       {steps:,} of {args.per_device_train_batch_size} rows x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",
@@ -105,6 +103,23 @@ class SpeedProgress(ProgressCallback):
             self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   held-out loss {logs['eval_loss']:.4f}")
 
 
+def training_flops(model, tokens: float, supervised_tokens: float) -> float:
+    """Operations of the matrix products with the weights, without what checkpointing does twice.
+
+    A weight takes 2 operations a token forward, 2 for the gradient of its input, and 2 for its own where it is trained
+    (Kaplan et al., "Scaling Laws for Neural Language Models", 2020). The head sees the supervised tokens only, the
+    input embedding multiplies nothing, and attention's own products are left out.
+    """
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    flops = 0
+    for weight in model.parameters():
+        if weight is embedding and weight is not head:
+            continue
+        size = getattr(weight, "ds_numel", weight.numel())
+        flops += (6 if weight.requires_grad else 4) * size * (supervised_tokens if weight is head else tokens)
+    return flops
+
+
 def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict:
     """Writes train_results.json and loss.png into output_dir and returns what the former holds.
 
@@ -112,7 +127,7 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         steps: optimizer steps taken by this process, which a resumed run did not all take.
     """
     args, history = trainer.args, trainer.state.log_history
-    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    held_out = [entry for entry in history if "eval_loss" in entry]
     seconds = train_metrics["train_runtime"]
     tokens = summary["tokens"] * trainer.state.epoch * steps / trainer.state.global_step
     results = {
@@ -122,20 +137,23 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         "tokens_per_second": tokens / seconds,
     }
     if held_out:
-        after = trainer.state.best_metric if args.load_best_model_at_end else held_out[-1]
+        before, after = held_out[0], held_out[-1]
+        if args.load_best_model_at_end and trainer.state.best_global_step:
+            after = next(entry for entry in held_out if entry["step"] == trainer.state.best_global_step)
         results |= {
-            "eval_loss_before": held_out[0],
-            "eval_loss_after": after,
-            "eval_loss_best": min(held_out),
-            "perplexity_before": math.exp(held_out[0]),
-            "perplexity_after": math.exp(after),
+            "eval_loss_before": before["eval_loss"],
+            "eval_loss_after": after["eval_loss"],
+            "eval_loss_best": min(entry["eval_loss"] for entry in held_out),
+            "perplexity_before": before["eval_perplexity"],
+            "perplexity_after": after["eval_perplexity"],
             "best_checkpoint": trainer.state.best_model_checkpoint,
         }
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak and steps:
-            flops = train_metrics["total_flos"] / trainer.state.global_step * steps
+        if peak:
+            supervised_tokens = tokens * summary["supervised_tokens"] / summary["tokens"]
+            flops = training_flops(trainer.model, tokens, supervised_tokens)
             results["mfu"] = flops / seconds / (args.world_size * peak * 1e12)
     else:
         results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -14,24 +14,38 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from transformers import (
-    EarlyStoppingCallback,
-    HfArgumentParser,
-    IntervalStrategy,
-    ProgressCallback,
-    set_seed,
-)
+from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
 
-from checkpoint import find_checkpoint, lock_output_dir
+from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
 from data import load_splits
 from model import load_model, load_tokenizer, tiny_model_folder
 from report import SpeedProgress, print_first_screen, save_report
 from rows import UserError
 from trainer import SFTTrainer
+
+# Attention that sees only what its mask lets it see: it needs padded batches.
+PADDED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+# Transformers' flags that would change nothing here, or not what their names say.
+NOT_TAKEN = {
+    "label_smoothing_factor": "the loss is the plain cross-entropy",
+    "data_seed": "--seed decides the order of the rows too",
+    "dataloader_drop_last": "every row is trained on",
+    "resume_from_checkpoint": "a run in an --output_dir that holds its checkpoints goes on by itself",
+    "auto_find_batch_size": "set --per_device_train_batch_size, and --gradient_accumulation_steps to make up for it",
+    "average_tokens_across_devices": "the loss is always the mean over the tokens of all processes",
+    "train_sampling_strategy": "rows are dealt by their tokens",
+    "prediction_loss_only": "the held-out loss is all that is measured",
+    "save_only_model": "a run can't go on from such a checkpoint; the model is saved at the end",
+    "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
+    "dataloader_persistent_workers": "--dataloader_num_workers alone is handed on",
+    "dataloader_prefetch_factor": "--dataloader_num_workers alone is handed on",
+}
 
 
 @dataclass
@@ -136,12 +150,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
             model_args, data_args, args = parser.parse_args_into_dataclasses()
     except ValueError as error:
         raise UserError(str(error)) from None
-    defaults = ModelArguments()
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
-        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
-            raise UserError(f"--{name} has no effect without --use_lora true.")
-    if data_args.eval_data_path and data_args.validation_split is not None:
-        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+    refuse_flags_without_effect(model_args, data_args, args)
     if data_args.validation_split is None:
         data_args.validation_split = 0.05
     if not data_args.eval_data_path and not data_args.validation_split:
@@ -153,21 +162,42 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     return model_args, data_args, args
 
 
+def refuse_flags_without_effect(model_args, data_args, args) -> None:
+    """Raises UserError for a flag that would change nothing here, or not what its name says."""
+    defaults = ModelArguments()
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
+            raise UserError(f"--{name} has no effect without --use_lora true.")
+    for name, reason in NOT_TAKEN.items():
+        if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} is not taken: {reason}.")
+    if data_args.eval_data_path and data_args.validation_split is not None:
+        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+    if data_args.packing and model_args.attn_implementation in PADDED_ATTENTION:
+        raise UserError(f"--packing true has no effect with --attn_implementation {model_args.attn_implementation}.")
+
+
 def describe_run(model_args, data_args, args, summary: dict) -> dict:
     """What must be the same for a checkpoint to be continued bit for bit."""
-    return {
+    model_flags = ("use_lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "attn_implementation")
+    training_flags = (
+        *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
+        *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
+        *("neftune_noise_alpha", "use_liger_kernel", "full_determinism"),
+    )
+    run = {
         "model": model_args.model_name_or_path,
+        "model's files": hash_model_files(model_args.model_name_or_path),
         "data": summary["content_hash"],
         "rows held out": summary["held_out_rows"],
-        "adapters": f"{model_args.lora_r} {model_args.lora_alpha} {model_args.target_modules}"
-        if model_args.use_lora
-        else "",
-        "packing": data_args.packing,
-        "seed": args.seed,
         "processes": args.world_size,
-        "rows a step and process": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        "deepspeed": args.deepspeed,
+        "deepspeed": json.loads(Path(args.deepspeed).read_text()) if args.deepspeed else None,
+        "packing": data_args.packing,
+        **{name: getattr(model_args, name) for name in model_flags},
+        **{name: getattr(args, name) for name in training_flags},
     }
+    return json.loads(json.dumps(run))  # as it will be read again
 
 
 def main():
@@ -182,11 +212,13 @@ def main():
     tokenizer = load_tokenizer(model_args)
     bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_first else None
     train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
-    found = [None, []]
+    found = [None, False, []]
     if is_first:
         run = describe_run(model_args, data_args, args, summary)
         found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
-    checkpoint, messages = broadcast_object_list(found)
+    checkpoint, finished, messages = broadcast_object_list(found)
+    if finished:
+        return print(*messages) if is_first else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     model = load_model(model_args, args)
 
@@ -197,22 +229,23 @@ def main():
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         packing=data_args.model_max_length if data_args.packing else None,
-        pad_rows=model_args.attn_implementation in ("eager", "sdpa"),
+        pad_rows=model_args.attn_implementation in PADDED_ATTENTION,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(SpeedProgress(summary["tokens"]))
     if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
     if is_first:
         print_first_screen(trainer, tokenizer, model_name, summary, messages)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
     warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
     output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate_at_the_end()
     trainer.save_model()
     trainer.save_state()
     if is_first:
-        steps = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+        steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         print(json.dumps(save_report(trainer, summary, output.metrics, steps), indent=2))
         lock.close()
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would

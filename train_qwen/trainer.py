@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 from batch import BalancedBatchSampler, collate_packed, pack_best_fit
 from checkpoint import WholeCheckpoints
 from data import IGNORE_INDEX, column
-from layers import install_supervised_head, remember_less
+from layers import install_supervised_head, layers_attend_only, remember_less
+from rows import UserError
 
 
 class SFTTrainer(Trainer):
@@ -30,12 +31,13 @@ class SFTTrainer(Trainer):
     def __init__(self, *args, packing: int | None = None, pad_rows: bool = False, **kwargs):
         """packing: tokens of a packed row, or None; pad_rows: never lay samples end to end (slower, same loss)."""
         super().__init__(*args, data_collator=collate_packed, **kwargs)
-        self.packing, self.packed_rows = packing, not pad_rows
+        self.packing, self.packed_rows, self.try_packed_rows = packing, not pad_rows, not pad_rows
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.head = install_supervised_head(self.model)
         if not self.args.gradient_checkpointing:  # which remembers less still
             remember_less(self.model, self.head)
-        self.add_callback(WholeCheckpoints(self.accelerator))
+        self.add_callback(WholeCheckpoints(self.accelerator, self.args.save_total_limit))
+        self.args.save_total_limit = None  # the stock rotation removes the old checkpoint before the new one is whole
         self.add_callback(ChooseFastPath(self))
 
     def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
@@ -104,16 +106,20 @@ class SFTTrainer(Trainer):
         return self.summed_loss(model, inputs) / num_items_in_batch * self.args.world_size
 
     def choose_fast_path(self) -> None:
-        """Compares the fast ways with the model's own loss on a few samples and drops what is not the same."""
+        """Compares the fast ways with the model's own loss on a few samples and drops what is not the same.
+
+        Raises:
+            UserError: rows were to be packed, and this model's samples can't be kept apart in a row.
+        """
         samples = [{"input_ids": ids[:128], "labels": ids[:128]} for ids in self.train_dataset[:3]["input_ids"]]
         batch = self._prepare_inputs(collate_packed(samples))
         self.model_wrapped.eval()
-        model, head, try_packed = self.model_wrapped, self.head, self.packed_rows
+        model, head = self.model_wrapped, self.head
         self.own_attention = self.model.config._attn_implementation
-        tolerance = 1e-2 if self.args.bf16 or self.args.fp16 else 1e-4
+        half = self.args.bf16 or self.args.fp16
 
         def same_loss() -> bool:
-            return torch.allclose(self.summed_loss(model, batch), own_loss, rtol=tolerance)
+            return torch.allclose(self.summed_loss(model, batch), own_loss, rtol=1e-2 if half else 1e-4)
 
         with torch.no_grad(), self.compute_loss_context_manager():
             self.packed_rows, self.head = False, None
@@ -121,16 +127,32 @@ class SFTTrainer(Trainer):
             self.head = head
             if head is not None and not same_loss():
                 self.head = None
-            if not try_packed or not self.model.is_backend_compatible():
-                return
-            try:
-                if not self.own_attention.startswith("flash"):
-                    self.model.set_attn_implementation("packed_sdpa")
-                self.packed_rows = True
-                if not same_loss():
+            if self.try_packed_rows and layers_attend_only(self.model.config) and self.model.is_backend_compatible():
+                try:
+                    if not self.own_attention.startswith("flash"):
+                        self.model.set_attn_implementation("packed_sdpa")
+                    self.packed_rows = True
+                    if not same_loss() or self.samples_see_each_other(rtol=1e-3 if half else 1e-5):
+                        self.leave_fast_path()
+                except (NotImplementedError, ValueError):  # it has what SDPA lacks, or refuses another function
                     self.leave_fast_path()
-            except (NotImplementedError, ValueError):  # the attention has what SDPA lacks, or refuses another function
-                self.leave_fast_path()
+        if self.packing and not self.packed_rows:
+            raise UserError(
+                "--packing true: this model's attention can't be kept within a sample of a row; leave it out"
+            )
+
+    def samples_see_each_other(self, rtol: float) -> bool:
+        """Whether the first tokens of a sample have another loss once another sample stands before them."""
+        before = self.train_dataset[0]["input_ids"][:32]
+        after = self.train_dataset[-1]["input_ids"][:32]
+        loss = []
+        for neighbour in (before, before[::-1]):
+            unsupervised = {"input_ids": neighbour, "labels": [IGNORE_INDEX] * len(neighbour)}
+            batch = collate_packed(
+                [unsupervised, {"input_ids": after, "labels": after[:4] + [IGNORE_INDEX] * len(after[4:])}]
+            )
+            loss.append(self.summed_loss(self.model_wrapped, self._prepare_inputs(batch)))
+        return not torch.allclose(*loss, rtol=rtol)
 
     def leave_fast_path(self) -> None:
         """Padded batches and the model's own attention, with which it also generates."""
@@ -147,15 +169,23 @@ class SFTTrainer(Trainer):
                 total[0] += self.summed_loss(self.model_wrapped, batch)
                 total[1] += (batch["labels"] != IGNORE_INDEX).sum()
         loss_sum, tokens = self.accelerator.reduce(total).tolist()
-        metrics = {"eval_loss": loss_sum / tokens, "eval_perplexity": math.exp(loss_sum / tokens)}
+        loss = loss_sum / tokens
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}  # no float holds more
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def evaluate_at_the_end(self) -> None:
+        """The held-out loss of the last step, unless it is known; the best checkpoint's is."""
+        measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        if self.eval_dataset is not None and step not in measured:
+            self.evaluate()
+
     def log(self, logs, start_time=None):
         """Tensors become their numbers, since trainer_state.json can't hold them."""
         logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
-        if not math.isfinite(logs.get("loss", 0)):
+        if not math.isfinite(logs.get("loss", logs.get("eval_loss", 0))):
             raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
         super().log(logs, start_time)
 
@@ -168,7 +198,7 @@ class ChooseFastPath(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.choose_fast_path()
-        if state.is_world_process_zero and not self.trainer.packed_rows:
+        if state.is_world_process_zero and self.trainer.try_packed_rows and not self.trainer.packed_rows:
             print("note        this model's attention can't be kept within a sequence of a row: padded batches")
         if state.is_world_process_zero and self.trainer.head is None:
             print("note        this model's head does more than a matrix product: logits of whole batches")

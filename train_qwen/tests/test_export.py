@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from rows import UserError
 from infer import load_chat_model
+from rows import UserError
 
 
 @pytest.fixture(scope="module")

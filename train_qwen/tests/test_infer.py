@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import infer
-from rows import UserError
 from infer import decode_pieces, encode_prompts, load_chat_model, reply_batch, stream_reply
+from rows import UserError
 
 QUESTION = [{"role": "user", "content": "天地玄黄"}]
 CONVERSATIONS = [

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-import infer
-from infer import build_demo, load_chat_model
+import demo
+from demo import build_demo
+from infer import load_chat_model
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -42,10 +43,10 @@ def chat(tiny_folder):
 
 @pytest.fixture(scope="module")
 def address(chat):
-    demo = build_demo(*chat, title="测试对话")
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
+    page = build_demo(*chat, title="测试对话")
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     yield url
-    demo.close()
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_second_question_goes_out_with_the_history(page, monkeypatch):
         yield "  答"
         yield "案"
 
-    monkeypatch.setattr(infer, "stream_reply", reply)
+    monkeypatch.setattr(demo, "stream_reply", reply)
     for number, question in enumerate(("第一问", "第二问"), start=1):
         ask(page, question)
         wait_until(page, lambda number=number: page.locator(REPLY).count() == number and "答案" in reply_text(page))

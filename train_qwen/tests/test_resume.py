@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import RECIPE, read_history, run_train, train_command
+from conftest import RECIPE, losses, read_history, run_train, train_command, train_here
+from rows import UserError
 
 FLAGS = "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --num_train_epochs 3 --seed 7"
 # 25 rows in steps of 8: 4 steps an epoch, 12 in all, so that checkpoints fall inside epochs.
@@ -67,9 +68,9 @@ def test_a_killed_run_ends_like_one_that_was_never_stopped(processes, tiny_folde
     run_train(*command(tmp_path / "whole"), processes=processes)
 
     killed = tmp_path / "killed"
-    first, second = killed / "checkpoint-3", killed / "checkpoint-6"
+    first, second = killed / "checkpoint-6", killed / "checkpoint-9"
     kill_when(start(train_command(*command(killed), processes=processes)), (first / "manifest.json").exists)
-    # The second start goes on from step 3 and dies while it writes the checkpoint of step 6.
+    # The second start goes on from the second epoch and dies while it writes the next checkpoint.
     kill_when(start(train_command(*command(killed), processes=processes)), second.exists)
     assert not (second / "manifest.json").exists()
 
@@ -92,13 +93,16 @@ def test_a_truncated_file_counts_as_torn(tmp_path):
     assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0].endswith("checkpoint-6")
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"01234")
     assert not is_whole(tmp_path / "checkpoint-6")
-    checkpoint, messages = find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)
+    (tmp_path / "checkpoint-best").mkdir()  # a copy that the user made
+    checkpoint, _, messages = find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)
     assert checkpoint.endswith("checkpoint-3") and "checkpoint-6 is torn" in messages[0]
+    assert (tmp_path / "torn-checkpoint-6" / "optimizer.pt").read_bytes() == b"01234"
+    (tmp_path / "checkpoint-3" / MANIFEST).write_text("")  # a power cut
+    assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0] is None
 
 
 def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tmp_path):
     from checkpoint import find_checkpoint
-    from rows import UserError
 
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="not written here"):
@@ -110,3 +114,71 @@ def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tm
         find_checkpoint(str(tmp_path), {"model": "a", "data": "2"}, overwrite=False)
     assert find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=True)[0] is None
     assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_another_model_in_the_same_folder_is_another_run(tmp_path):
+    from checkpoint import hash_model_files
+
+    assert hash_model_files("Qwen/Qwen3-0.6B") == ""
+    hashes = set()
+    for size, byte in ((10**6, b"a"), (10**6, b"b"), (10**6 + 1, b"b")):
+        (tmp_path / "model.safetensors").write_bytes(byte * size)
+        hashes.add(hash_model_files(str(tmp_path)))
+    assert len(hashes) == 3
+
+
+def test_a_run_that_stops_early_does_so_after_a_resume_too(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
+    import trainer
+
+    paths = ["--model_name_or_path", tiny_folder, "--data_path", data_file, "--eval_data_path", eval_file]
+    flags = "--learning_rate 3e-2 --num_train_epochs 12 --early_stopping_patience 2 --per_device_train_batch_size 8"
+    flags += " --logging_steps 1 --save_total_limit 3"
+
+    def run(output, *more):
+        train_here(monkeypatch, *paths, "--output_dir", output, *flags.split(), *more)
+        return losses(output, "eval_loss")
+
+    expected = run(tmp_path / "whole")
+    epochs = len(expected) - 1
+    assert expected[-2] > min(expected) < expected[-1] and epochs < 12
+
+    training_step = trainer.SFTTrainer.training_step
+    calls = iter(range(100))
+
+    def stop_in_the_last_epoch(self, *args, **kwargs):
+        if next(calls) == 4 * (epochs - 1):
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", stop_in_the_last_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    with pytest.raises(UserError, match="another run: learning_rate was 0.03, is 0.02"):
+        run(tmp_path / "stopped", "--learning_rate", "2e-2")
+    assert run(tmp_path / "stopped") == expected
+
+
+def test_a_run_that_came_to_its_end_is_left_as_it_is(tiny_folder, data_file, tmp_path, monkeypatch, capsys):
+    paths = ["--model_name_or_path", tiny_folder, "--data_path", data_file, "--output_dir", tmp_path]
+    train_here(monkeypatch, *paths, "--max_steps", "2")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir() if file.name != ".lock"}
+    train_here(monkeypatch, *paths, "--max_steps", "2")
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir() if file.name != ".lock"}
+    train_here(monkeypatch, *paths, "--max_steps", "2", "--overwrite_output_dir", "true")
+    assert (tmp_path / "train_results.json").stat().st_mtime_ns > before[tmp_path / "train_results.json"]
+
+
+def test_a_user_s_own_copies_and_the_best_checkpoint_outlive_the_rotation(tmp_path):
+    from types import SimpleNamespace
+
+    from checkpoint import WholeCheckpoints
+
+    best = str(tmp_path / "checkpoint-20")
+    callback = WholeCheckpoints(SimpleNamespace(wait_for_everyone=lambda: None), save_total_limit=2)
+    (tmp_path / "checkpoint-best").mkdir()
+    for step in (10, 20, 30, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
+        callback.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-best", "checkpoint-20", "checkpoint-100"}

@@ -1,6 +1,7 @@
 """The command line: flags, adapters, reports, disks and neighbours that misbehave, scripts and several machines."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from conftest import RECIPE, losses, read_history, run_train, train_here
 from rows import UserError
 
@@ -38,7 +40,11 @@ def test_lora_with_gradient_checkpointing_trains_the_named_layers(
         "--learning_rate",
         "1e-2",
     ]
+    models = []
+    load_model = train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *args: models.append(load_model(*args)) or models[0])
     train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
+    assert models[0].base_model.model.model.layers[0].gradient_checkpointing
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in adapter} == {"q_proj", "v_proj"}
     assert all(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
@@ -54,6 +60,35 @@ def test_lora_under_zero3_saves_a_whole_adapter_and_equals_one_process(tiny_fold
     expected, found = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "z3"))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert losses(tmp_path / "z3") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tiny_folder, data_file, tmp_path, monkeypatch):
+    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
+        train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), "--learning_rate", "1e30")
+
+
+def test_the_held_out_loss_is_measured_at_the_end_where_it_was_not_before(
+    tiny_folder, data_file, eval_file, tmp_path, monkeypatch
+):
+    more = ["--eval_strategy", "no", "--max_steps", "2", "--learning_rate", "1e-2"]
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert results["eval_loss_after"] < results["eval_loss_before"]
+    assert results["perplexity_after"] == pytest.approx(math.exp(results["eval_loss_after"]))
+
+
+def test_operations_of_a_step(tiny_folder):
+    from transformers import AutoModelForCausalLM
+
+    from report import training_flops
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)  # its head is its embedding
+    head = model.lm_head.weight.numel()
+    body = sum(weight.numel() for weight in model.parameters()) - head
+    assert training_flops(model, tokens=1000, supervised_tokens=100) == 6 * body * 1000 + 6 * head * 100
+    for weight in model.parameters():
+        weight.requires_grad = False
+    assert training_flops(model, tokens=1000, supervised_tokens=100) == 4 * body * 1000 + 4 * head * 100
 
 
 def test_report_best_checkpoint_and_early_stopping(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
@@ -92,8 +127,6 @@ def test_flags_from_a_file_and_no_held_out_rows(tiny_folder, data_file, tmp_path
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     from accelerate.state import AcceleratorState
 
-    import train
-
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.yaml")])
     train.main()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -110,6 +143,9 @@ def test_flags_from_a_file_and_no_held_out_rows(tiny_folder, data_file, tmp_path
             "--validation_split has no effect with --eval_data_path",
         ),
         (["--validation_split", "0", "--early_stopping_patience", "2"], "need held-out rows"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not taken: the loss is the plain"),
+        (["--save_only_model", "true"], "--save_only_model is not taken: a run can't go on"),
+        (["--packing", "true", "--attn_implementation", "eager"], "--packing true has no effect with --attn_impl"),
         (["--fp16", "true"], "--fp16 true: needs a GPU"),
         (["--model_name_or_path", "./my_model"], r"\./my_model: no model could be read there"),
         ([*LORA, "--target_modules", "query"], "query: no such module; the linear ones are down_proj, gate_proj"),

@@ -1,0 +1,105 @@
+"""A chat page for a trained model: streamed replies, stop, again, clear, and the settings of the generation.
+
+    python infer.py output_zero2 --demo
+
+The way of a question: page -> ask -> stream_page (stream_reply of infer.py) -> page.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import gradio as gr
+
+from infer import stream_reply
+
+EXAMPLES = ["你是谁？", "请用三句话介绍一下长城。", "“画蛇添足”是什么意思？", "感冒了应该注意什么？"]
+
+
+def stream_page(model, tokenizer, history, system, settings, stop_event) -> Iterator[tuple]:
+    """Yields (messages to show, messages that were said) while a reply grows; an error is shown but was not said."""
+    messages = [{"role": "system", "content": system}, *history] if system.strip() else history
+    text = ""
+    try:
+        for piece in stream_reply(model, tokenizer, messages, *settings, stop_event=stop_event):
+            text += piece
+            said = [*history, {"role": "assistant", "content": text}]
+            yield said, said
+    except Exception as error:
+        failure = f"⚠️ 生成失败（{type(error).__name__}）：{error}"
+        yield [*history, {"role": "assistant", "content": failure}], history
+
+
+def build_demo(model, tokenizer, title: str = "中文对话演示"):
+    """A Gradio page to chat with the model: `build_demo(...).launch()` serves it on 127.0.0.1.
+
+    One reply is generated at a time, others queue. An error is shown in the chat and not sent with the next question.
+    """
+    # By open page. Gradio's own State gets to know what a reply said only after the next question may have come.
+    sessions = defaultdict(lambda: SimpleNamespace(said=[], stop=threading.Event(), generating=threading.Lock()))
+
+    def end_reply(request: gr.Request):
+        session = sessions[request.session_hash]
+        session.stop.set()
+        with session.generating:  # from here on nothing more of it can arrive
+            return
+
+    def change(request: gr.Request, said: list[dict]) -> list[dict]:
+        session = sessions[request.session_hash]
+        session.said, session.stop = said, threading.Event()
+        return said
+
+    def without_last(role, request: gr.Request):
+        said = sessions[request.session_hash].said
+        return said[:-1] if said and said[-1]["role"] == role else said
+
+    def ask(question, request: gr.Request):
+        if not question.strip():
+            return "", sessions[request.session_hash].said
+        # A question that got no reply makes room for the new one.
+        return "", change(request, [*without_last("user", request), {"role": "user", "content": question}])
+
+    def ask_again(request: gr.Request):
+        return change(request, without_last("assistant", request))
+
+    def reply(request: gr.Request, system, *settings):
+        session = sessions[request.session_hash]
+        with session.generating:
+            if session.stop.is_set() or not session.said or session.said[-1]["role"] != "user":
+                return
+            for shown, said in stream_page(model, tokenizer, session.said, system, settings, session.stop):
+                session.said = said
+                yield shown
+
+    def clear_all(request: gr.Request):
+        return change(request, [])
+
+    def forget(request: gr.Request):
+        sessions.pop(request.session_hash, None)
+
+    with gr.Blocks(title=title, analytics_enabled=False) as demo:
+        gr.Markdown(f"# {title}")
+        chatbot = gr.Chatbot(show_label=False, placeholder="请在下面输入问题，或点一个示例。", buttons=["copy"])
+        with gr.Row(equal_height=True):
+            question = gr.Textbox(placeholder="输入问题，按回车发送", show_label=False, scale=8, autofocus=True)
+            send = gr.Button("发送", variant="primary", min_width=80)
+        with gr.Row():
+            stop, again, clear = (gr.Button(label, size="md") for label in ("停止", "重新生成", "清空"))
+        gr.Examples(EXAMPLES, question, label="示例问题")
+        with gr.Accordion("设置", open=False):
+            system = gr.Textbox("", label="系统提示", placeholder="例如：你是一个乐于助人的中文助手。")
+            with gr.Row():
+                max_new_tokens = gr.Slider(1, 2048, 512, step=1, label="最大长度 (max_new_tokens)")
+                temperature = gr.Slider(0, 2, 0.7, step=0.05, label="温度 (temperature)")
+                top_p = gr.Slider(0.05, 1, 0.8, step=0.05, label="核采样 (top_p)")
+
+        settings = [system, max_new_tokens, temperature, top_p]
+        asked = gr.on([question.submit, send.click], end_reply).then(ask, question, [question, chatbot])
+        asked_again = again.click(end_reply).then(ask_again, None, chatbot)
+        for event in (asked, asked_again):
+            event.then(reply, settings, chatbot, concurrency_id="model")
+        stop.click(end_reply)
+        gr.on([clear.click, chatbot.clear], end_reply).then(clear_all, None, chatbot)
+        demo.unload(forget)
+    return demo.queue(max_size=16)
