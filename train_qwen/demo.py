@@ -76,7 +76,8 @@ def build_demo(model, tokenizer, title: str = "中文对话演示"):
         return change(request, [])
 
     def forget(request: gr.Request):
-        sessions.pop(request.session_hash, None)
+        if session := sessions.pop(request.session_hash, None):
+            session.stop.set()
 
     with gr.Blocks(title=title, analytics_enabled=False) as demo:
         gr.Markdown(f"# {title}")
