@@ -1,8 +1,6 @@
 # Each target is what you could type yourself. PYTHON=python3.12 make demo takes another Python for the environment.
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
-EXECUTE = OMP_NUM_THREADS=1 jupyter nbconvert --to notebook --execute --inplace \
-	--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True
 
 .PHONY: demo test lint notebooks bench
 
@@ -20,7 +18,7 @@ lint: .venv/test
 	$(ACTIVATE) && ruff check . && ruff format --check .
 
 notebooks: .venv/test
-	$(ACTIVATE) && cd train_qwen && $(EXECUTE) code01_processdata.ipynb code02_trainmodel.ipynb infer.ipynb
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_qwen
 
 bench: .venv/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py
