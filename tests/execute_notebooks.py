@@ -1,6 +1,6 @@
 """Executes a recipe's notebooks in place, in the order of their names, and leaves out what changes with each run.
 
-    python tests/execute_notebooks.py train_qwen
+python tests/execute_notebooks.py train_qwen
 """
 
 import sys
