@@ -31,54 +31,63 @@ def stream_page(model, tokenizer, history, system, settings, stop_event) -> Iter
         yield [*history, {"role": "assistant", "content": failure}], history
 
 
+class PageSessions:
+    """What was said on each open page; Gradio calls its methods, on the page's events.
+
+    Gradio's own State gets to know what a reply said only after the next question may have come.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.pages = defaultdict(lambda: SimpleNamespace(said=[], stop=threading.Event(), generating=threading.Lock()))
+
+    def end_reply(self, request: gr.Request):
+        page = self.pages[request.session_hash]
+        page.stop.set()
+        with page.generating:  # from here on nothing more of it can arrive
+            return
+
+    def change(self, request: gr.Request, said: list[dict]) -> list[dict]:
+        page = self.pages[request.session_hash]
+        page.said, page.stop = said, threading.Event()
+        return said
+
+    def without_last(self, role: str, request: gr.Request) -> list[dict]:
+        said = self.pages[request.session_hash].said
+        return said[:-1] if said and said[-1]["role"] == role else said
+
+    def ask(self, question: str, request: gr.Request):
+        """An empty question box, and the conversation; a question that got no reply makes room for the new one."""
+        if not question.strip():
+            return "", self.pages[request.session_hash].said
+        return "", self.change(request, [*self.without_last("user", request), {"role": "user", "content": question}])
+
+    def ask_again(self, request: gr.Request):
+        return self.change(request, self.without_last("assistant", request))
+
+    def reply(self, request: gr.Request, system: str, *settings):
+        page = self.pages[request.session_hash]
+        with page.generating:
+            if page.stop.is_set() or not page.said or page.said[-1]["role"] != "user":
+                return
+            for shown, said in stream_page(self.model, self.tokenizer, page.said, system, settings, page.stop):
+                page.said = said
+                yield shown
+
+    def clear(self, request: gr.Request):
+        return self.change(request, [])
+
+    def forget(self, request: gr.Request):
+        if page := self.pages.pop(request.session_hash, None):
+            page.stop.set()
+
+
 def build_demo(model, tokenizer, title: str = "中文对话演示"):
     """A Gradio page to chat with the model: `build_demo(...).launch()` serves it on 127.0.0.1.
 
     One reply is generated at a time, others queue. An error is shown in the chat and not sent with the next question.
     """
-    # By open page. Gradio's own State gets to know what a reply said only after the next question may have come.
-    sessions = defaultdict(lambda: SimpleNamespace(said=[], stop=threading.Event(), generating=threading.Lock()))
-
-    def end_reply(request: gr.Request):
-        session = sessions[request.session_hash]
-        session.stop.set()
-        with session.generating:  # from here on nothing more of it can arrive
-            return
-
-    def change(request: gr.Request, said: list[dict]) -> list[dict]:
-        session = sessions[request.session_hash]
-        session.said, session.stop = said, threading.Event()
-        return said
-
-    def without_last(role, request: gr.Request):
-        said = sessions[request.session_hash].said
-        return said[:-1] if said and said[-1]["role"] == role else said
-
-    def ask(question, request: gr.Request):
-        if not question.strip():
-            return "", sessions[request.session_hash].said
-        # A question that got no reply makes room for the new one.
-        return "", change(request, [*without_last("user", request), {"role": "user", "content": question}])
-
-    def ask_again(request: gr.Request):
-        return change(request, without_last("assistant", request))
-
-    def reply(request: gr.Request, system, *settings):
-        session = sessions[request.session_hash]
-        with session.generating:
-            if session.stop.is_set() or not session.said or session.said[-1]["role"] != "user":
-                return
-            for shown, said in stream_page(model, tokenizer, session.said, system, settings, session.stop):
-                session.said = said
-                yield shown
-
-    def clear_all(request: gr.Request):
-        return change(request, [])
-
-    def forget(request: gr.Request):
-        if session := sessions.pop(request.session_hash, None):
-            session.stop.set()
-
+    sessions = PageSessions(model, tokenizer)
     with gr.Blocks(title=title, analytics_enabled=False) as demo:
         gr.Markdown(f"# {title}")
         chatbot = gr.Chatbot(show_label=False, placeholder="请在下面输入问题，或点一个示例。", buttons=["copy"])
@@ -96,11 +105,13 @@ def build_demo(model, tokenizer, title: str = "中文对话演示"):
                 top_p = gr.Slider(0.05, 1, 0.8, step=0.05, label="核采样 (top_p)")
 
         settings = [system, max_new_tokens, temperature, top_p]
-        asked = gr.on([question.submit, send.click], end_reply).then(ask, question, [question, chatbot])
-        asked_again = again.click(end_reply).then(ask_again, None, chatbot)
+        asked = gr.on([question.submit, send.click], sessions.end_reply).then(
+            sessions.ask, question, [question, chatbot]
+        )
+        asked_again = again.click(sessions.end_reply).then(sessions.ask_again, None, chatbot)
         for event in (asked, asked_again):
-            event.then(reply, settings, chatbot, concurrency_id="model")
-        stop.click(end_reply)
-        gr.on([clear.click, chatbot.clear], end_reply).then(clear_all, None, chatbot)
-        demo.unload(forget)
+            event.then(sessions.reply, settings, chatbot, concurrency_id="model")
+        stop.click(sessions.end_reply)
+        gr.on([clear.click, chatbot.clear], sessions.end_reply).then(sessions.clear, None, chatbot)
+        demo.unload(sessions.forget)
     return demo.queue(max_size=16)
