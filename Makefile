@@ -11,6 +11,7 @@ demo: .venv/demo
 # The page is clicked in real time, so its test has the machine to itself.
 test: .venv/test
 	$(ACTIVATE) && python -m pytest tests
+	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
 

