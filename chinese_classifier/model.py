@@ -1,0 +1,101 @@
+"""The tokenizer and the classifier: any encoder that Transformers classifies with, whole or with adapters."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import ngram_modernbert  # noqa: F401  (makes the embedded default known to AutoModel...)
+from rows import UserError
+
+
+def no_model_there(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
+        "config.json, tokenizer and weights, or a hub id; the readme says how to download one through a mirror."
+    )
+
+
+def load_encoder_tokenizer(model_args):
+    """The model's tokenizer; raises UserError where there is none, or it can't pad."""
+    path = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise no_model_there(path, error) from None
+    if len(tokenizer("你好，世界").input_ids) < 3:
+        raise UserError(f"{path}: its tokenizer makes almost nothing of 你好，世界; is its vocabulary file missing?")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{path}: its tokenizer has no token to pad with.")
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
+    return tokenizer
+
+
+def fit_max_length(path: str, model_max_length: int, trust_remote_code: bool) -> int:
+    """The tokens of a row that the model has positions for, `model_max_length` at most."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    positions = getattr(config, "max_position_embeddings", model_max_length)
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
+        positions -= config.pad_token_id + 1
+    return min(model_max_length, positions)
+
+
+def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
+    """The encoder with a new head for these classes, or its own head where it knows the same classes already.
+
+    Frozen weights and DeepSpeed's working copy are kept in half precision; weights that the optimizer updates itself
+    stay in fp32, and so do the adapters (PEFT), since fp16 gradients could not be unscaled otherwise.
+
+    Raises:
+        UserError: the weights can't be read, or `target_modules` match nothing.
+    """
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    path = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+        knows_them = config.num_labels == len(id2label) and dict(config.id2label) == id2label
+        config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=half if model_args.use_lora or args.deepspeed else torch.float32,
+            attn_implementation=model_args.attn_implementation,
+            ignore_mismatched_sizes=not knows_them,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise no_model_there(path, error) from None
+    model.config.problem_type = "single_label_classification"
+    if model_args.use_lora:
+        model = add_classifier_lora(model, model_args)
+    return model
+
+
+def add_classifier_lora(model: nn.Module, model_args) -> nn.Module:
+    """The model with low-rank adapters and a head that is trained whole; the rest is frozen.
+
+    Source: Hu et al., "LoRA" (2021); library: PEFT.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = [name for name, _ in model.named_modules()]
+    targets = model_args.target_modules
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if targets != ["all-linear"] and missing:
+        linear = sorted(
+            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise UserError(
+            f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="SEQ_CLS",
+            r=model_args.lora_r,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+        ),
+    )

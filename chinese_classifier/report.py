@@ -1,0 +1,198 @@
+"""What a user sees of a run: the first screen, the progress bar, train_results.json, pictures and suspicious rows."""
+
+import itertools
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import ProgressCallback
+
+from data import column
+
+SUSPICIOUS_ROWS = 50
+
+
+def print_classes_screen(trainer, tokenizer, model_name: str, splits: dict, tables: dict, notes: list[str]) -> None:
+    """One screen, before the first step: what is trained, on what, how, and the first row with its label.
+
+    Args:
+        splits: part -> its encoded rows; tables: part -> its texts and labels.
+    """
+    args, parameters = trainer.args, list(trainer.model.parameters())
+    # Under ZeRO-3 a parameter is an empty shell that knows its whole size as ds_numel.
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+    trainable = sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad)
+    sampler = trainer.get_train_dataloader().batch_sampler
+    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    lengths = column(splits["train"], "length")
+    batches = [lengths[batch] for batch in itertools.islice(sampler, 1000) if batch]
+    padding = 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    labels = ", ".join(f"{label} {count:,}" for label, count in tables["train"].label.value_counts().items())
+    cut = {name: int(column(rows, "cut").sum()) for name, rows in splits.items()}
+    cuts = [f"{count:,} of the {name} rows are longer and were cut at the end" for name, count in cut.items() if count]
+    first = splits["train"][0]["input_ids"]
+    lines = [
+        f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
+        f"rows        {', '.join(f'{len(rows):,} {name}' for name, rows in splits.items())}",
+        f"classes     {labels}",
+        f"tokens      {lengths.sum():,} an epoch, {lengths.max()} in the longest row",
+        f"padding     {padding:.1%} (as the rows come it would be {padding_as_they_come(lengths, args):.0%})",
+        f"steps       {steps:,} of about {args.per_device_train_batch_size} rows x {args.world_size} processes"
+        f" x {args.gradient_accumulation_steps} accumulation",
+        f"devices     {args.world_size} x {device}, {precision}",
+        *(f"note        {note}" for note in [*notes, *cuts]),
+        f"first row   {tables['train'].label[0]}: {tokenizer.decode(first)}",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def padding_as_they_come(lengths: np.ndarray, args) -> float:
+    """The share of padding in batches of rows in random order, each padded to its longest."""
+    order = np.random.default_rng(args.seed).permutation(lengths)
+    batches = np.array_split(order, math.ceil(len(order) / args.per_device_train_batch_size))
+    return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)
+
+
+class SpeedProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss and the tokens per second beside the remaining time."""
+
+    def __init__(self, tokens_per_epoch: int):
+        super().__init__()
+        self.tokens_per_epoch = tokens_per_epoch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.start, self.start_epoch = time.time(), state.epoch or 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            tokens = (state.epoch - self.start_epoch) * self.tokens_per_epoch
+            speed = tokens / (time.time() - self.start)
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
+        elif "eval_loss" in logs:
+            self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   held-out loss {logs['eval_loss']:.4f}")
+
+
+def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
+    """Precision, recall, F1 and rows of each class, the worst F1 first."""
+    table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
+    return table.astype({"support": int}).sort_values("f1")
+
+
+def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int, str], split: str) -> pd.DataFrame:
+    """The rows whose label the model is most sure is another one: hard ones, and the likely label errors."""
+    probability = torch.from_numpy(logits).softmax(1).numpy()
+    predicted = pd.Series([id2label[index] for index in logits.argmax(1).tolist()], index=table.index)
+    rows = table[["text", "label", "source"]].assign(predicted=predicted, probability=probability.max(1), split=split)
+    return rows[rows.label != predicted].sort_values("probability", ascending=False)
+
+
+def save_classification_report(trainer, predictions: dict, tables: dict, train_metrics: dict, tokens: float) -> dict:
+    """Writes train_results.json, per_class.csv, confusion.png, loss.png and suspicious_rows.csv into output_dir.
+
+    Args:
+        predictions: held-out part ("validation", "test") -> logits of its rows, shape (rows, num_labels).
+        tables: part -> its texts and labels.
+        tokens: that this process has seen in training.
+
+    Returns:
+        What train_results.json holds.
+    """
+    args, history, folder = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
+    id2label = trainer.model.config.id2label
+    results = {
+        "steps": trainer.state.global_step,
+        "train_loss": train_metrics["train_loss"],
+        "seconds": train_metrics["train_runtime"],
+        "tokens_per_second": tokens / train_metrics["train_runtime"],
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+    }
+    first = next((entry for entry in history if "eval_loss" in entry), {})
+    results |= {f"validation_{name}_before": first[f"eval_{name}"] for name in ("loss", "accuracy") if first}
+    suspicious = []
+    for split, logits in predictions.items():
+        labels = np.array([trainer.model.config.label2id[label] for label in tables[split].label])
+        scores = trainer.measure(logits, labels)
+        results |= {f"{split}_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
+        suspicious.append(suspicious_rows(tables[split], logits, id2label, split))
+    if predictions:  # the last part: the test rows where there are any
+        table = per_class_table(scores, id2label)
+        table.to_csv(folder / "per_class.csv", encoding="utf-8-sig")
+        print(f"{split} rows by class, the worst first:\n{table.to_string(float_format='%.3f')}")
+        plot_confusion(scores["confusion_matrix"], list(id2label.values())).savefig(folder / "confusion.png", dpi=120)
+        rows = pd.concat(suspicious).sort_values("probability", ascending=False).head(SUSPICIOUS_ROWS)
+        rows.to_csv(folder / "suspicious_rows.csv", index=False, encoding="utf-8-sig")
+    if args.device.type == "cuda":
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    (folder / "train_results.json").write_text(json.dumps(results, indent=2))
+    plot_history(history).savefig(folder / "loss.png", dpi=120)
+    return results
+
+
+def plot_history(history: list[dict]):
+    """The training and held-out loss by step, and the held-out accuracy, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = (left, "loss", "training", "-"), (left, "eval_loss", "held out", "o-"), (right, "eval_accuracy", "", "o-")
+    for axes, key, label, style in curves:
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    left.set(xlabel="step", ylabel="loss (nats per row)")
+    right.set(xlabel="step", ylabel="held-out accuracy")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    if left.lines:
+        left.legend()
+    return figure
+
+
+def find_chinese_font():
+    """An installed font that has Chinese characters, as matplotlib's FontProperties; None where there is none."""
+    from matplotlib import font_manager
+
+    names = ("NotoSansCJK-Regular", "SourceHanSansSC", "PingFang", "msyh", "simhei", "wqy-zenhei", "wqy-microhei")
+    found = {name.lower(): path for path in font_manager.findSystemFonts() for name in names if name in path}
+    file = next((found[name.lower()] for name in names if name.lower() in found), None)
+    return font_manager.FontProperties(fname=file) if file else None
+
+
+def plot_confusion(matrix: list[list[int]], labels: list[str]):
+    """How many rows of each class (down) were taken for each class (across), as a matplotlib figure.
+
+    The colour is the share of the row's class. Without a Chinese font the classes have numbers, in the order of id2label.
+    """
+    from matplotlib.figure import Figure
+
+    font = find_chinese_font()
+    names = labels if font or all(map(str.isascii, labels)) else range(len(labels))
+    counts = np.array(matrix)
+    size = 2.5 + 0.6 * len(labels)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column_index), count in np.ndenumerate(counts):
+        color = "white" if share[row, column_index] > 0.5 else "black"
+        axes.text(column_index, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(labels)), names)
+    for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        tick.set_fontproperties(font)
+    axes.set(xlabel="predicted", ylabel="label")
+    figure.colorbar(image, label="share of the class")
+    return figure

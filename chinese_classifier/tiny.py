@@ -1,0 +1,172 @@
+"""The embedded default: a small classifier that knows, before it is trained, what its training texts alone can tell.
+
+texts -> train_tokenizer (words of up to 4 characters) -> embed_tokens (what stands beside what)
+texts, labels -> fit_ngrams (tf-idf and logistic regression, the wide part of ngram_modernbert.py)
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import save_model
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.extmath import randomized_svd
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from data import CACHE_DIR
+from ngram_modernbert import NgramModernBertConfig, NgramModernBertForSequenceClassification, hash_ngrams
+
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 10_000) -> PreTrainedTokenizerFast:
+    """A BPE of Chinese words of at most 4 characters, Latin words and single marks; no case, no width."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    one_by_one = pre_tokenizers.Split(Regex(r"[a-z]+|\d|[^\p{Han}a-z\d]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), one_by_one])
+    special = list(SPECIAL_TOKENS.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, max_token_length=4, min_frequency=3, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL_TOKENS)
+
+
+def embed_tokens(rows: list[list[int]], vocab_size: int, size: int, window: int = 4, std: float = 0.3) -> torch.Tensor:
+    """Embeddings of tokens by what stands near them: the largest singular vectors of positive pointwise information.
+
+    Source: Levy and Goldberg, "Neural Word Embedding as Implicit Matrix Factorization" (2014), with word2vec's weights.
+
+    Returns:
+        Shape (vocab_size, size), of mean 0 and standard deviation `std`.
+    """
+    apart = np.full(window, -1)
+    ids = np.concatenate([np.concatenate([row[1:-1], apart]) for row in rows]).astype(np.int64)
+    counts = sparse.csr_matrix((vocab_size, vocab_size))
+    for distance in range(1, window + 1):
+        left, right = ids[:-distance], ids[distance:]
+        beside = (left >= 0) & (right >= 0)
+        pairs = left[beside], right[beside]
+        counts += sparse.csr_matrix((np.full(beside.sum(), 1 / distance), pairs), shape=counts.shape)
+    counts = (counts + counts.T).tocoo()
+    frequency = np.asarray(counts.sum(1)).ravel()
+    context = frequency**0.75 / (frequency**0.75).sum()
+    information = np.log(counts.data / (frequency[counts.row] * context[counts.col]))
+    positive = information > 0
+    matrix = sparse.csr_matrix(
+        (information[positive], (counts.row[positive], counts.col[positive])), shape=counts.shape
+    )
+    size = min(size, vocab_size - 1)
+    left, values, _ = randomized_svd(matrix, size, n_iter=3, random_state=0)
+    embeddings = left * np.sqrt(values)
+    embeddings -= embeddings.mean(0)
+    return torch.tensor(embeddings / embeddings.std() * std, dtype=torch.float32)
+
+
+def spell_out(tokenizer, max_token_characters: int) -> torch.Tensor:
+    """Code points of the characters of each token, then zeros: shape (vocab_size, max_token_characters)."""
+    characters = torch.zeros(len(tokenizer), max_token_characters, dtype=torch.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if token not in SPECIAL_TOKENS.values():
+            characters[index, : len(token)] = torch.tensor([ord(character) for character in token])
+    return characters
+
+
+def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regularisation: float) -> None:
+    """Fills the n-gram buffers of the model: those of two rows or more, the more frequent one where two meet in a slot.
+
+    Args:
+        rows: token ids; labels: of each row, from 0.
+    """
+    config, row_of, hashes = model.config, [], []
+    for start in range(0, len(rows), 256):
+        ids = pad_sequence([torch.tensor(row) for row in rows[start : start + 256]], batch_first=True)
+        found = hash_ngrams(model.token_characters[ids].flatten(1), config.max_ngram).flatten(1).numpy()
+        place = np.nonzero(found)
+        row_of.append(place[0] + start)
+        hashes.append(found[place])
+    hashes, row_of = np.unique(np.stack([np.concatenate(hashes), np.concatenate(row_of)]), axis=1)
+    known, document_frequency = np.unique(hashes, return_counts=True)
+    order = np.argsort(document_frequency, kind="stable")
+    order = order[document_frequency[order] > 1]
+    slots, idf = known % config.ngram_table_size, np.zeros(config.ngram_table_size, dtype=np.float32)
+    table = np.zeros(config.ngram_table_size, dtype=np.int64)
+    table[slots[order]] = known[order]
+    kept = table[slots] == known
+    idf[slots[kept]] = np.log((1 + len(rows)) / (1 + document_frequency[kept])) + 1
+
+    slots = hashes % config.ngram_table_size
+    in_table = table[slots] == hashes
+    columns, column_of = np.unique(slots[in_table], return_inverse=True)
+    weights, row_of = idf[slots[in_table]], row_of[in_table]
+    norm = np.sqrt(np.bincount(row_of, weights**2, len(rows))).clip(1e-6)
+    features = sparse.csr_matrix((weights / norm[row_of], (row_of, column_of)), shape=(len(rows), len(columns)))
+    fitted = LogisticRegression(C=inverse_regularisation, max_iter=1000).fit(features, labels)
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(weight) == 1:  # two classes share one row of weights, of which each gets half
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    model.ngram_hashes.copy_(torch.from_numpy(table))
+    model.ngram_idf.copy_(torch.from_numpy(idf))
+    model.ngram_weight[columns] = torch.tensor(weight.T, dtype=torch.float32)
+    model.ngram_bias.copy_(torch.tensor(bias))
+
+
+@torch.no_grad()
+def build_tiny_classifier(texts: list[str], labels: list[int], num_labels: int, folder: str) -> None:
+    """Saves a tokenizer of these texts, and a ModernBERT of one layer beside a classifier of n-grams."""
+    tokenizer = train_tokenizer(texts)
+    rows = tokenizer(texts)["input_ids"]
+    config = NgramModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        embedding_dropout=0.3,
+        mlp_dropout=0.1,
+        classifier_dropout=0.3,
+        classifier_pooling="mean",
+        num_labels=num_labels,
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = NgramModernBertForSequenceClassification(config)
+    embeddings = embed_tokens(rows, config.vocab_size, config.hidden_size)
+    model.get_input_embeddings().weight[:, : embeddings.shape[1]] = embeddings
+    model.token_characters.copy_(spell_out(tokenizer, config.max_token_characters))
+    fit_ngrams(model, rows, labels, inverse_regularisation=10)
+    # model.save_pretrained would write nothing in a process that is not the first of its run.
+    model.config.save_pretrained(folder)
+    save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_classifier_folder(texts: list[str], labels: list[int], num_labels: int) -> str:
+    """Folder of the small classifier for these rows, built by the first process that asks for it."""
+    code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("tiny.py", "ngram_modernbert.py")]
+    identity = json.dumps([texts, labels, num_labels, code])
+    folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    CACHE_DIR.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "tokenizer_config.json").exists():
+            build_tiny_classifier(texts, labels, num_labels, str(folder))
+    return str(folder)

