@@ -11,8 +11,12 @@ by `pipeline("text-classification", folder, trust_remote_code=True)`.
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, ModernBertConfig
-from transformers import ModernBertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
 HASH_BASE, HASH_MODULUS = 1_000_003, 2**31 - 1  # products stay below 2**63
 

@@ -174,7 +174,7 @@ def find_chinese_font():
 def plot_confusion(matrix: list[list[int]], labels: list[str]):
     """How many rows of each class (down) were taken for each class (across), as a matplotlib figure.
 
-    The colour is the share of the row's class. Without a Chinese font the classes have numbers, in the order of id2label.
+    The colour is the share of the row's class. Without a Chinese font the classes have their numbers.
     """
     from matplotlib.figure import Figure
 

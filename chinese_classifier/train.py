@@ -5,8 +5,8 @@
     MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv bash train.sh --text_column 评论 --label_column 类别
     python train.py config.yaml                    the same flags from a file
 
-The way of the data: tables -> rows, prepare (checked, split, no text on two sides) -> data (tokenised once) -> batch (equal
-token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
+The way of the data: tables -> rows, prepare (checked, split, no text on two sides) -> data (tokenised once) -> batch
+(equal token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
 """
 
 import json

@@ -1,0 +1,81 @@
+"""A page for a trained classifier: scores as bars, the words that decided, and whole tables.
+
+    python infer.py output --demo
+
+The way of a text: page -> classify_text (predict_probabilities and explain of infer.py) -> page.
+"""
+
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+
+from infer import classify_table, explain, predict_probabilities, rank_classes, read_texts
+from rows import UserError
+
+EXAMPLES = ["房间不干净，服务员态度也差，再也不来了。", "故事写得很感人，一口气读完，推荐给大家。", "青蒿素", "太极拳"]
+MAX_CHARACTERS = 2000  # of a text on the page; each of its words costs one prediction
+
+
+def scale_words(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The weights as the page colours them: the strongest word has 1 or -1."""
+    strongest = max((abs(weight) for _, weight in words), default=0) or 1
+    return [(word, round(weight / strongest, 3)) for word, weight in words]
+
+
+def build_classifier_demo(model, tokenizer, title: str = "中文文本分类演示"):
+    """A Gradio page for the classifier: `build_classifier_demo(...).launch()` serves it on 127.0.0.1."""
+
+    def classify_text(text: str):
+        if not text.strip():
+            raise gr.Error("请先输入文本。")
+        if len(text) > MAX_CHARACTERS:
+            raise gr.Error(f"文本有 {len(text)} 个字，这里最多 {MAX_CHARACTERS} 个；长文本请用“整个表格”。")
+        scores = dict(rank_classes(model, predict_probabilities(model, tokenizer, [text])[0]))
+        return scores, scale_words(explain(model, tokenizer, text))
+
+    def classify_upload(file: str | None, text_column: str, progress=gr.Progress()):  # noqa: B008  (Gradio's way)
+        if file is None:
+            raise gr.Error("请先上传一个 .csv 或 .tsv 文件。")
+        done = 0
+
+        def show(rows: int):
+            nonlocal done
+            done += rows
+            progress((done, len(table)), desc="分类中", unit="行")
+
+        try:
+            table = read_texts(file, text_column.strip())
+        except UserError as error:
+            raise gr.Error(str(error).replace(file, Path(file).name)) from None
+        result = classify_table(model, tokenizer, table, text_column.strip(), on_progress=show)
+        output = Path(tempfile.mkdtemp(), f"{Path(file).stem}_predicted.csv")
+        result.to_csv(output, index=False, encoding="utf-8-sig")
+        counts = result.predicted.replace("", "（没有文本）").value_counts()
+        summary = "，".join(f"{label} {count} 行" for label, count in counts.items())
+        return f"共 {len(result)} 行：{summary}", result.head(20), str(output)
+
+    with gr.Blocks(title=title, analytics_enabled=False) as demo:
+        gr.Markdown(f"# {title}")
+        with gr.Tab("一段文本"):
+            text = gr.Textbox(label="文本", placeholder="输入文本，按回车分类", autofocus=True)
+            with gr.Row():
+                send = gr.Button("分类", variant="primary")
+                clear = gr.Button("清空")
+            gr.Examples(EXAMPLES, text, label="示例")
+            scores = gr.Label(label="各类别的概率", num_top_classes=10)
+            words = gr.HighlightedText(
+                label="起决定作用的词（红：支持这个类别；蓝：反对）", color_map={}, show_legend=False
+            )
+        with gr.Tab("整个表格"):
+            with gr.Row():
+                upload = gr.File(label="表格（.csv / .tsv，UTF-8 或 GB18030）", file_types=[".csv", ".tsv"])
+                text_column = gr.Textbox("text", label="文本所在的列")
+            start = gr.Button("开始", variant="primary")
+            summary = gr.Markdown()
+            head = gr.Dataframe(label="前 20 行")
+            download = gr.File(label="下载结果")
+        gr.on([text.submit, send.click], classify_text, text, [scores, words], concurrency_id="model")
+        clear.click(lambda: ("", None, None), None, [text, scores, words])
+        start.click(classify_upload, [upload, text_column], [summary, head, download], concurrency_id="model")
+    return demo.queue(max_size=16)
