@@ -2,7 +2,7 @@
 
 The n-grams know what was said before, word for word; the encoder knows what is like it. Neither reaches alone what both
 reach together (Cheng et al., "Wide & Deep Learning", 2016; the table: Weinberger et al., "Feature Hashing", 2009).
-The n-grams are weighed by tf-idf and fitted beforehand on the training rows, see tiny.py. Knowing those by heart, they
+The n-grams are weighed by tf-idf (1 + log tf) and fitted beforehand on the training rows, see tiny.py. Knowing those by heart, they
 take no part while the encoder is trained.
 
 This file stands alone: Transformers copies it into the folder of each saved model, which so can be served from anywhere
@@ -87,12 +87,16 @@ class NgramModernBertForSequenceClassification(ModernBertForSequenceClassificati
     def ngram_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the n-grams alone: shape (rows, tokens) to (rows, num_labels)."""
         hashes = hash_ngrams(self.token_characters[input_ids].flatten(1), self.config.max_ngram).flatten(1)
-        hashes = hashes.sort(1).values  # each n-gram counts once
+        hashes = hashes.sort(1).values  # alike ones stand together; the first of them counts for all
         slots = hashes % self.config.ngram_table_size
-        known = (hashes != F.pad(hashes[:, :-1], (1, 0))) & (hashes == self.ngram_hashes[slots])
-        idf = torch.where(known, self.ngram_idf[slots], 0)
-        norm = idf.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
-        return ((idf / norm).unsqueeze(-1) * self.ngram_weight[slots]).sum(1) + self.ngram_bias
+        is_first = hashes != F.pad(hashes[:, :-1], (1, 0))
+        group = is_first.cumsum(1)
+        sizes = torch.zeros_like(F.pad(group, (0, 1))).scatter_add(1, group, torch.ones_like(group))
+        term_frequency = 1 + sizes.gather(1, group).clamp_min(1).log()
+        known = is_first & (hashes == self.ngram_hashes[slots])
+        weights = torch.where(known, term_frequency * self.ngram_idf[slots], 0)
+        norm = weights.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
+        return ((weights / norm).unsqueeze(-1) * self.ngram_weight[slots]).sum(1) + self.ngram_bias
 
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         if self.training and self.config.token_dropout:

@@ -97,7 +97,8 @@ def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regulari
         place = np.nonzero(found)
         row_of.append(place[0] + start)
         hashes.append(found[place])
-    hashes, row_of = np.unique(np.stack([np.concatenate(hashes), np.concatenate(row_of)]), axis=1)
+    pairs, frequency = np.unique(np.stack([np.concatenate(hashes), np.concatenate(row_of)]), axis=1, return_counts=True)
+    hashes, row_of = pairs
     known, document_frequency = np.unique(hashes, return_counts=True)
     order = np.argsort(document_frequency, kind="stable")
     order = order[document_frequency[order] > 1]
@@ -110,7 +111,7 @@ def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regulari
     slots = hashes % config.ngram_table_size
     in_table = table[slots] == hashes
     columns, column_of = np.unique(slots[in_table], return_inverse=True)
-    weights, row_of = idf[slots[in_table]], row_of[in_table]
+    weights, row_of = ((1 + np.log(frequency)) * idf[slots])[in_table], row_of[in_table]
     norm = np.sqrt(np.bincount(row_of, weights**2, len(rows))).clip(1e-6)
     features = sparse.csr_matrix((weights / norm[row_of], (row_of, column_of)), shape=(len(rows), len(columns)))
     fitted = LogisticRegression(C=inverse_regularisation, max_iter=1000).fit(features, labels)
