@@ -2,8 +2,8 @@
 
 The n-grams know what was said before, word for word; the encoder knows what is like it. Neither reaches alone what both
 reach together (Cheng et al., "Wide & Deep Learning", 2016; the table: Weinberger et al., "Feature Hashing", 2009).
-The n-grams are weighed by tf-idf (1 + log tf) and fitted beforehand on the training rows, see tiny.py. Knowing those by heart, they
-take no part while the encoder is trained.
+The n-grams are weighed by tf-idf with 1 + log tf and fitted beforehand on the training rows, see tiny.py. Knowing those
+by heart, they take no part while the encoder is trained.
 
 This file stands alone: Transformers copies it into the folder of each saved model, which so can be served from anywhere
 by `pipeline("text-classification", folder, trust_remote_code=True)`.

@@ -116,7 +116,7 @@ def describe(splits: dict[str, pd.DataFrame], removed: pd.DataFrame) -> list[str
     for name, rows in splits.items():
         classes = ", ".join(f"{label} {count:,}" for label, count in rows.label.value_counts().items())
         lines.append(f"{name:<11} {len(rows):,} rows ({classes})")
-    for kind, rows in removed.groupby(removed.reason.str.partition(":")[0], sort=False):
+    for kind, rows in removed.groupby(removed.reason.str.split(":").str[0], sort=False):
         examples = ", ".join(rows.source.head(3)) + (", ..." if len(rows) > 3 else "")
         lines.append(f"removed     {len(rows):,}: {kind} ({examples})")
     return lines

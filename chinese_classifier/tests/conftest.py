@@ -1,6 +1,133 @@
-"""The recipe's modules, and tables to read."""
+"""Runs of train.py, in this process or by torchrun, on a tiny encoder and a small table."""
 
+import csv
+import json
+import os
+import random
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pytest
+
+RECIPE = Path(__file__).parent.parent
+sys.path.insert(0, str(RECIPE))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳"
+TELLING = {"好评": "美妙欢喜", "差评": "丑陋愤怒", "中评": "平凡普通"}
+
+
+def make_reviews(count: int, seed: int = 0, labels: tuple[str, ...] = ("好评", "差评")) -> list[tuple[str, str]]:
+    """(text, label): 5 to 60 characters, two of which tell the label."""
+    rng, rows = random.Random(seed), []
+    for index in range(count):
+        label = labels[index % len(labels)]
+        text = rng.choices(WORDS, k=rng.randint(3, 58)) + rng.choices(TELLING[label], k=2)
+        rng.shuffle(text)
+        rows.append(("".join(text), label))
+    return rows
+
+
+def write_table(path: Path, rows: list[tuple[str, str]], header: tuple[str, ...] = ("text", "label")) -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def save_model(config, tokenizer, folder: Path, has_head: bool) -> str:
+    """A model as a hub has it, with random weights: an encoder that was pre-trained only, or a classifier."""
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    (AutoModelForSequenceClassification if has_head else AutoModel).from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tiny import train_tokenizer
+
+    return train_tokenizer([text for text, _ in make_reviews(200, labels=tuple(TELLING))], vocab_size=100)
+
+
+@pytest.fixture(scope="session")
+def bert_config(tokenizer):
+    """A Bert of two layers, without dropout, for good and bad reviews."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64,
+        id2label={0: "好评", 1: "差评"},
+        label2id={"好评": 0, "差评": 1},
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(bert_config, tokenizer, tmp_path_factory) -> str:
+    return save_model(bert_config, tokenizer, tmp_path_factory.mktemp("encoder"), has_head=False)
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(bert_config, tokenizer, tmp_path_factory) -> str:
+    return save_model(bert_config, tokenizer, tmp_path_factory.mktemp("classifier"), has_head=True)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> str:
+    """25 training rows: with 8 rows a step the last ones have few, so that a rank may have none."""
+    return write_table(tmp_path_factory.mktemp("data") / "train.csv", make_reviews(25))
+
+
+@pytest.fixture(scope="session")
+def eval_file(tmp_path_factory) -> str:
+    """A single held-out row, so that a second rank has none."""
+    return write_table(tmp_path_factory.mktemp("data") / "eval.csv", make_reviews(1, seed=1))
+
+
+def read_history(output_dir) -> list[dict]:
+    return json.loads(Path(output_dir, "trainer_state.json").read_text())["log_history"]
+
+
+def losses(output_dir, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in read_history(output_dir) if key in entry]
+
+
+def train_here(monkeypatch, *flags) -> None:
+    """train.main() in this process on the CPU; Accelerate's process-wide state is taken down afterwards."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--use_cpu", "true", *map(str, flags)])
+    try:
+        train.main()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def train_command(*flags, processes: int = 1) -> list[str]:
+    launch = [sys.executable]
+    if processes > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return [*launch, "train.py", "--use_cpu", "true", *map(str, flags)]
+
+
+def run_train(*flags, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """train.py in processes of its own."""
+    result = subprocess.run(
+        train_command(*flags, processes=processes), cwd=RECIPE, capture_output=True, text=True, timeout=180
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
