@@ -101,7 +101,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     class_weights: str = field(
         default="none",
-        metadata={"help": "balanced: small classes count as much as large ones.", "choices": ["none", "balanced"]},
+        metadata={"help": "none, or balanced: small classes count as much as large ones."},
     )
     distillation_alpha: float = field(
         default=0.0,

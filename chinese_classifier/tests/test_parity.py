@@ -90,7 +90,7 @@ def test_weights_and_smoothing_equal_the_plain_loop(classifier_folder, eval_file
     rows = make_reviews(40)
     rows = [row for index, row in enumerate(rows) if row[1] == "好评" or index % 4 == 3]  # 20 and 10
     table = write_table(tmp_path / "train.csv", rows)
-    more = "--class_weights balanced --label_smoothing_factor 0.1 --per_device_train_batch_size 8".split()
+    more = ["--class_weights", "balanced", "--label_smoothing_factor", "0.1", "--per_device_train_batch_size", "8"]
     train_here(monkeypatch, *flags(classifier_folder, table, eval_file, tmp_path / "out", *more))
     weights = torch.tensor([30 / (2 * 20), 30 / (2 * 10)])
     assert losses(tmp_path / "out") == pytest.approx(
@@ -108,7 +108,7 @@ def test_soft_labels_are_mixed_into_the_targets(classifier_folder, data_file, ev
         return 1 - F.one_hot(torch.tensor(labels), num_labels).float().numpy()
 
     monkeypatch.setattr(train, "load_cross_predictions", certain_of_the_other_class)
-    more = "--distillation_alpha 0.5 --per_device_train_batch_size 4 --gradient_accumulation_steps 2".split()
+    more = ["--distillation_alpha", "0.5", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     train_here(monkeypatch, *flags(classifier_folder, data_file, eval_file, tmp_path, *more))
     # Half and half is no information: the loss can't fall below ln 2.
     assert asked == [25]

@@ -16,7 +16,7 @@ def table(*rows, file="a.csv") -> pd.DataFrame:
 
 
 def load(data_path, test_split: float = 0.1):
-    return load_tables(str(data_path), ("text", "label"), {"validation": 0.1, "test": test_split}, seed=0)
+    return load_tables(str(data_path), ("text", "label"), {"validation": 0.1, "test": test_split}, seed=0, held_out={})
 
 
 def write(path, text: str, encoding: str = "utf-8"):
@@ -148,6 +148,16 @@ def test_a_label_that_training_never_saw_is_named(tmp_path):
         write(tmp_path / f"{name}.csv", "text,label\n" + rows)
     with pytest.raises(UserError, match=r"validation\.csv:2: the validation row has the label '2'"):
         load(tmp_path)
+
+
+def test_held_out_rows_of_their_own(tmp_path):
+    rows = "".join(f"第{number}条{'好' if number % 2 else '坏'}评,{number % 2}\n" for number in range(50))
+    train = write(tmp_path / "all.csv", "text,label\n" + rows)
+    test = write(tmp_path / "later.csv", "text,label\n第7条好评。,1\n新的,0\n")
+    columns, shares = ("text", "label"), {"validation": 0.1, "test": 0.1}
+    splits, removed = load_tables(train, columns, shares, 0, {"validation": None, "test": test})
+    assert [len(part) for part in splits.values()] == [45 - 1, 4, 2] or len(splits["test"]) == 2
+    assert removed.reason.tolist() == [f"held out as well: {test}:2"] and removed.source.tolist() == [f"{train}:9"]
 
 
 def test_command_line_writes_tables_that_are_read_again_as_they_are(tmp_path, monkeypatch, capsys):

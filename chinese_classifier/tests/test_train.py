@@ -1,0 +1,213 @@
+"""train.py as it is started: it learns, names the classes, refuses what it can't do, and takes other encoders."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from transformers import (
+    AutoConfig,
+    ElectraConfig,
+    ErnieConfig,
+    MegatronBertConfig,
+    ModernBertConfig,
+    RobertaConfig,
+    RoCBertConfig,
+)
+
+from conftest import RECIPE, TELLING, losses, make_reviews, run_train, save_model, train_here, write_table
+from rows import UserError
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """The embedded default on 300 reviews of three classes in two processes: its folder and its screen."""
+    folder = tmp_path_factory.mktemp("learned")
+    rows = make_reviews(300, labels=tuple(TELLING))
+    rows[30] = (rows[30][0], "差评")  # a wrong label, which stays; the rows below leave
+    rows += [rows[5], (rows[6][0], "中评" if rows[6][1] != "中评" else "好评"), ("", "好评")]
+    table = write_table(folder / "table.csv", rows)
+    flags = "--num_train_epochs 8 --learning_rate 2e-3 --per_device_train_batch_size 8 --distillation_alpha 0.3"
+    flags += " --load_best_model_at_end true --deepspeed ds_zero2_no_offload.json --label_smoothing_factor 0.1"
+    result = run_train("--data_path", table, "--output_dir", folder / "out", *flags.split(), processes=2)
+    return folder / "out", result.stdout
+
+
+def test_it_learns_and_reports(learned):
+    output, screen = learned
+    results = json.loads((output / "train_results.json").read_text())
+    assert results["test_accuracy"] > 0.9 and results["validation_loss"] < results["validation_loss_before"]
+    history = losses(output)
+    assert history[-1] < 0.8 * history[0]
+    assert {"loss.png", "confusion.png", "per_class.csv", "removed.csv", "model.safetensors"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "confusion.png"))
+    table = pd.read_csv(output / "per_class.csv", index_col=0)
+    assert set(table.index) == set(TELLING) and table.support.sum() == 30
+    assert table.f1.is_monotonic_increasing
+
+
+def test_the_first_screen_names_rows_classes_and_what_was_removed(learned):
+    output, screen = learned
+    assert re.search(r"rows +239 train, 30 validation, 30 test", screen)
+    assert re.search(r"classes +差评 \d+, ", screen) or re.search(r"classes +\S评 \d+, \S评 \d+, \S评 \d+", screen)
+    assert re.search(r"removed 1: a copy \(.*table.csv:302\)", screen)
+    assert re.search(r"removed 2: in several classes \(.*table.csv:8, .*table.csv:303\)", screen)
+    assert re.search(r"removed 1: empty text \(.*table.csv:304\)", screen)
+    assert re.search(r"first row +\S评: \[CLS\] .+ \[SEP\]", screen)
+    removed = pd.read_csv(output / "removed.csv")
+    assert len(removed) == 4 and removed.reason.str.contains("a copy: of .*table.csv:7").any()
+
+
+def test_classes_are_saved_in_the_model(learned):
+    config = AutoConfig.from_pretrained(learned[0])
+    assert config.id2label == {0: "中评", 1: "好评", 2: "差评"}
+    assert config.label2id == {"中评": 0, "好评": 1, "差评": 2}
+
+
+def test_suspicious_rows_are_wrong_with_certainty(learned):
+    rows = pd.read_csv(learned[0] / "suspicious_rows.csv")
+    assert len(rows) <= 50 and (rows.label != rows.predicted).all()
+    assert rows.probability.is_monotonic_decreasing
+
+
+def test_lora_saves_an_adapter_that_serves(encoder_folder, data_file, eval_file, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers import pipeline
+
+    from export import export_classifier
+    from infer import load_trained, predict_probabilities
+
+    paths = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--eval_data_path", eval_file]
+    flags = "--use_lora true --learning_rate 1e-2 --num_train_epochs 3 --per_device_train_batch_size 4"
+    train_here(monkeypatch, *paths, "--output_dir", tmp_path, *flags.split())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name or "classifier" in name for name in saved)
+    assert max(weight.abs().max() for name, weight in saved.items() if "lora_B" in name) > 0
+    model, tokenizer = load_trained(str(tmp_path))
+    texts = [text for text, _ in make_reviews(6, seed=9)]
+    probabilities = predict_probabilities(model, tokenizer, texts)
+    assert export_classifier(str(tmp_path), str(tmp_path / "merged")) < 1e-5
+    served = pipeline("text-classification", str(tmp_path / "merged"))(texts, top_k=None)
+    for row, answer in zip(probabilities, served, strict=True):
+        scores = {item["label"]: item["score"] for item in answer}
+        assert [scores["好评"], scores["差评"]] == pytest.approx(row.tolist(), abs=1e-5)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=1),
+        ModernBertConfig(**SMALL, pad_token_id=0),
+        ErnieConfig(**SMALL),
+        ElectraConfig(**SMALL, embedding_size=16),
+        MegatronBertConfig(**SMALL),
+        RoCBertConfig(**SMALL, shape_embed_dim=8, pronunciation_embed_dim=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_encoders_train_too(config, tokenizer, tmp_path, monkeypatch, capsys):
+    config.vocab_size = len(tokenizer)
+    model = save_model(config, tokenizer, tmp_path / "model", has_head=False)
+    table = write_table(tmp_path / "table.csv", make_reviews(40))
+    flags = "--num_train_epochs 4 --learning_rate 3e-3 --per_device_train_batch_size 8 --logging_steps 4"
+    train_here(
+        monkeypatch, "--model_name_or_path", model, "--data_path", table, "--output_dir", tmp_path, *flags.split()
+    )
+    history = losses(tmp_path)
+    assert history[-1] < history[0]
+    if config.model_type == "roberta":  # its first two positions are not for tokens
+        assert "the model has positions for 32 tokens" in capsys.readouterr().out
+
+
+def test_a_model_of_other_classes_gets_a_new_head(classifier_folder, tmp_path, monkeypatch):
+    rows = make_reviews(60, labels=tuple(TELLING))
+    table = write_table(tmp_path / "table.csv", rows)
+    paths = ["--model_name_or_path", classifier_folder, "--data_path", table, "--output_dir", tmp_path]
+    train_here(monkeypatch, *paths, "--max_steps", "2")
+    assert AutoConfig.from_pretrained(tmp_path).num_labels == 3
+
+
+def test_numbers_as_labels_and_other_columns(encoder_folder, tmp_path, monkeypatch):
+    rows = [(text, {"好评": "10", "差评": "2.0"}[label]) for text, label in make_reviews(40)]
+    table = write_table(tmp_path / "table.csv", rows, header=("评论", "星级"))
+    Path(table).write_bytes(Path(table).read_text("utf-8").encode("gb18030"))
+    paths = ["--model_name_or_path", encoder_folder, "--data_path", table, "--output_dir", tmp_path]
+    train_here(monkeypatch, *paths, "--max_steps", "2", "--text_column", "评论", "--label_column", "星级")
+    assert AutoConfig.from_pretrained(tmp_path).id2label == {0: "2", 1: "10"}
+
+
+def test_without_held_out_rows(encoder_folder, data_file, tmp_path, monkeypatch):
+    paths = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--output_dir", tmp_path]
+    flags = ["--validation_split", "0", "--test_split", "0", "--max_steps", "2"]
+    train_here(monkeypatch, *paths, *flags)
+    assert "validation_loss" not in json.loads((tmp_path / "train_results.json").read_text())
+    with pytest.raises(UserError, match="need held-out rows"):
+        train_here(monkeypatch, *paths, *flags, "--early_stopping_patience", "1")
+
+
+def test_long_texts_are_cut_and_counted(encoder_folder, data_file, tmp_path, monkeypatch, capsys):
+    paths = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--output_dir", tmp_path]
+    train_here(monkeypatch, *paths, "--max_steps", "1", "--model_max_length", "10")
+    screen = capsys.readouterr().out
+    assert re.search(r"\d+ of the train rows are longer and were cut", screen)
+    assert re.search(r"tokens +\d+ an epoch, 10 in the longest row", screen)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--lora_r 4", "--lora_r has no effect without --use_lora true"),
+        ("--validation_split 0.1 --eval_data_path a.csv", "--validation_split has no effect with --eval_data_path"),
+        ("--test_split 0.1 --test_data_path a.csv", "--test_split has no effect with --test_data_path"),
+        ("--class_weights some", "none or balanced"),
+        ("--metric_for_best_model f1", "macro_f1, accuracy or loss"),
+        ("--dataloader_drop_last true", "every row is trained on"),
+        ("--no_such_flag 1", "no_such_flag"),
+        ("--use_lora true --target_modules nothing", "no such module; the linear ones are .*query"),
+        ("--model_name_or_path no/such_folder/here", "no model could be read there"),
+    ],
+)
+def test_what_has_no_effect_or_is_not_there_is_refused(flags, reason, encoder_folder, data_file, tmp_path, monkeypatch):
+    run = ["--data_path", data_file, "--output_dir", tmp_path, "--model_name_or_path", encoder_folder]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=reason):
+        train_here(monkeypatch, *run, *flags.split())
+
+
+def test_bad_tables_end_with_one_line(tmp_path):
+    table = write_table(tmp_path / "one.csv", [(text, "好评") for text, _ in make_reviews(10)])
+    result = run_train("--data_path", table, "--output_dir", tmp_path / "out", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {table}: only the class '好评'")
+    result = run_train("--data_path", table, "--text_column", "评论", "--output_dir", tmp_path / "out", check=False)
+    assert "no column '评论', or more than one; there are text, label" in result.stderr
+
+
+def test_a_configuration_file_says_the_same(encoder_folder, data_file, tmp_path, monkeypatch):
+    import sys
+
+    import train
+
+    config = {"model_name_or_path": encoder_folder, "data_path": data_file, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 1, "use_cpu": True}))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.yaml")])
+    assert train.parse_flags()[2].max_steps == 1
+
+
+def test_the_scripts_train_the_same_whatever_the_number_of_processes():
+    for name in ("train.sh", "train_zero2.sh", "train_zero3.sh"):
+        script = (RECIPE / name).read_text()
+        assert "$((96 / nproc))" in script and len(script.splitlines()) < 55
+
+
+def test_a_loss_that_is_no_number_stops_the_run(encoder_folder, data_file, tmp_path, monkeypatch):
+    paths = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--output_dir", tmp_path]
+    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
+        train_here(monkeypatch, *paths, "--learning_rate", "1e30", "--max_grad_norm", "0", "--logging_steps", "1")
