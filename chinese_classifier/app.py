@@ -115,6 +115,8 @@ async def classify_waiting(state) -> None:
         while not state.queue.empty() and sum(len(texts) for texts, _ in jobs) < state.max_texts:
             jobs.append(state.queue.get_nowait())
         jobs = [(texts, answer) for texts, answer in jobs if not answer.cancelled()]  # its client has gone
+        if not jobs:
+            continue
         texts = [text for texts, _ in jobs for text in texts]
         try:
             scores = await asyncio.to_thread(predict_probabilities, state.model, state.tokenizer, texts)

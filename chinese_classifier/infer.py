@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-import ngram_modernbert  # noqa: F401  (makes the embedded default known to AutoModel...)
+from model import count_positions
 from rows import UserError, check_one_encoding, detect_encoding, find_delimiter
 
 
@@ -88,6 +88,7 @@ def load_trained(path: str, trust_remote_code: bool = False):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, count_positions(config))
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 

@@ -1,5 +1,7 @@
 """The tokenizer and the classifier: any encoder that Transformers classifies with, whole or with adapters."""
 
+import sys
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -32,13 +34,12 @@ def load_encoder_tokenizer(model_args):
     return tokenizer
 
 
-def fit_max_length(path: str, model_max_length: int, trust_remote_code: bool) -> int:
-    """The tokens of a row that the model has positions for, `model_max_length` at most."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    positions = getattr(config, "max_position_embeddings", model_max_length)
+def count_positions(config) -> int:
+    """Tokens of a text that the model has positions for; sys.maxsize where it sets no limit."""
+    positions = getattr(config, "max_position_embeddings", sys.maxsize)
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
         positions -= config.pad_token_id + 1
-    return min(model_max_length, positions)
+    return positions
 
 
 def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, s
 from baseline import load_cross_predictions
 from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
 from data import column, encode_table, hash_table
-from model import fit_max_length, load_classifier, load_encoder_tokenizer
+from model import count_positions, load_classifier, load_encoder_tokenizer
 from prepare import describe, load_tables
 from report import SpeedProgress, print_classes_screen, save_classification_report
 from rows import UserError, sort_labels
@@ -235,8 +235,6 @@ def main():
     tables, labels, removed = load_data(data_args, args.seed)
     id2label = dict(enumerate(labels))
     label2id = {label: index for index, label in id2label.items()}
-    if is_first:
-        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
     if "validation" not in tables:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
@@ -251,8 +249,8 @@ def main():
         numbers = tables["train"].label.map(label2id).tolist()
         model_args.model_name_or_path = tiny_classifier_folder(tables["train"].text.tolist(), numbers, len(labels))
     tokenizer = load_encoder_tokenizer(model_args)
-    path = model_args.model_name_or_path
-    max_length = fit_max_length(path, data_args.model_max_length, model_args.trust_remote_code)
+    model = load_classifier(model_args, args, id2label)
+    max_length = min(data_args.model_max_length, count_positions(model.config))
     tokenizer.model_max_length = max_length  # saved with it: serving cuts where training did
     splits = {name: encode_table(table, label2id, tokenizer) for name, table in tables.items()}
 
@@ -263,13 +261,15 @@ def main():
     checkpoint, finished, messages = broadcast_object_list(found)
     if finished:
         return print(*messages) if is_first else None
+    if is_first:
+        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     train_labels = column(splits["train"], "labels")
     if args.distillation_alpha:
         soft_labels = load_cross_predictions(tables["train"].text.tolist(), train_labels.tolist(), len(labels))
         splits["train"] = splits["train"].add_column("soft_labels", soft_labels.tolist())
     trainer = ClassificationTrainer(
-        model=load_classifier(model_args, args, id2label),
+        model=model,
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
