@@ -13,7 +13,7 @@ import gradio as gr
 from infer import classify_table, explain, predict_probabilities, rank_classes, read_texts
 from rows import UserError
 
-EXAMPLES = ["房间不干净，服务员态度也差，再也不来了。", "故事写得很感人，一口气读完，推荐给大家。", "青蒿素", "太极拳"]
+EXAMPLE_TEXTS = ["房间不干净，服务员态度也差，再也不来了。", "故事写得很感人，一口气读完，推荐给大家。", "青蒿素", "太极拳"]
 MAX_CHARACTERS = 2000  # of a text on the page; each of its words costs one prediction
 
 
@@ -62,7 +62,7 @@ def build_classifier_demo(model, tokenizer, title: str = "中文文本分类演�
             with gr.Row():
                 send = gr.Button("分类", variant="primary")
                 clear = gr.Button("清空")
-            gr.Examples(EXAMPLES, text, label="示例")
+            gr.Examples(EXAMPLE_TEXTS, text, label="示例")
             scores = gr.Label(label="各类别的概率", num_top_classes=10)
             words = gr.HighlightedText(
                 label="起决定作用的词（红：支持这个类别；蓝：反对）", color_map={}, show_legend=False

@@ -58,7 +58,7 @@ class NgramModernBertConfig(ModernBertConfig):
     max_token_characters: int = 4
     num_special_tokens: int = 5
     mask_token_id: int = 4
-    ngram_share: float = 0.5
+    ngram_share: float = 0.4
     token_dropout: float = 0.2
 
 

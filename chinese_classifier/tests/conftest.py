@@ -46,8 +46,8 @@ def save_model(config, tokenizer, folder: Path, has_head: bool) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+@pytest.fixture(scope="session", name="tokenizer")
+def review_tokenizer():
     from tiny import train_tokenizer
 
     return train_tokenizer([text for text, _ in make_reviews(200, labels=tuple(TELLING))], vocab_size=100)
@@ -82,14 +82,14 @@ def classifier_folder(bert_config, tokenizer, tmp_path_factory) -> str:
     return save_model(bert_config, tokenizer, tmp_path_factory.mktemp("classifier"), has_head=True)
 
 
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory) -> str:
+@pytest.fixture(scope="session", name="data_file")
+def review_table(tmp_path_factory) -> str:
     """25 training rows: with 8 rows a step the last ones have few, so that a rank may have none."""
     return write_table(tmp_path_factory.mktemp("data") / "train.csv", make_reviews(25))
 
 
-@pytest.fixture(scope="session")
-def eval_file(tmp_path_factory) -> str:
+@pytest.fixture(scope="session", name="eval_file")
+def held_out_table(tmp_path_factory) -> str:
     """A single held-out row, so that a second rank has none."""
     return write_table(tmp_path_factory.mktemp("data") / "eval.csv", make_reviews(1, seed=1))
 
