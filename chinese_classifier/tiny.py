@@ -131,8 +131,8 @@ def build_tiny_classifier(texts: list[str], labels: list[int], num_labels: int, 
     rows = tokenizer(texts)["input_ids"]
     config = NgramModernBertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=512,

@@ -32,7 +32,7 @@ if [[ -n "${MODEL:-}" ]]; then
 elif [[ ${DATA:-reviews} == words ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 2e-3 --per_device_train_batch_size $((512 / nproc)) --class_weights balanced)
 else # random weights and few rows: the same batch however many processes there are, and much against overfitting
-    recipe=(--num_train_epochs 5 --learning_rate 1e-3 --per_device_train_batch_size $((96 / nproc)) --adam_beta2 0.98
+    recipe=(--num_train_epochs 6 --learning_rate 1e-3 --per_device_train_batch_size $((96 / nproc)) --adam_beta2 0.98
         --weight_decay 0.1 --label_smoothing_factor 0.1 --distillation_alpha 0.5 --metric_for_best_model loss)
 fi
 set -x
