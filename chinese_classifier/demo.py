@@ -13,7 +13,12 @@ import gradio as gr
 from infer import classify_table, explain, predict_probabilities, rank_classes, read_texts
 from rows import UserError
 
-EXAMPLE_TEXTS = ["房间不干净，服务员态度也差，再也不来了。", "故事写得很感人，一口气读完，推荐给大家。", "青蒿素", "太极拳"]
+EXAMPLE_TEXTS = [
+    "房间不干净，服务员态度也差，再也不来了。",
+    "故事写得很感人，一口气读完，推荐给大家。",
+    "青蒿素",
+    "太极拳",
+]
 MAX_CHARACTERS = 2000  # of a text on the page; each of its words costs one prediction
 
 

@@ -190,17 +190,41 @@ def refuse_flags(model_args, data_args, args) -> None:
         raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
 
 
-def load_data(data_args, seed: int) -> tuple[dict, list[str], object]:
-    """The texts and labels of each part, the classes in the order of their numbers, and the rows that were removed."""
+def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
+    """The texts and labels of each part, the classes by their numbers, and the rows that were removed.
+
+    Raises:
+        UserError: the tables can't be learned from, or a flag needs held-out rows and there are none.
+    """
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
     tables, removed = load_tables(
         data_args.data_path,
         (data_args.text_column, data_args.label_column),
         {name: 0.1 if share is None else share for name, share in shares.items()},
-        seed,
+        args.seed,
         {"validation": data_args.eval_data_path, "test": data_args.test_data_path},
     )
-    return tables, sort_labels(tables["train"].label), removed
+    if "validation" not in tables:
+        if args.early_stopping_patience is not None or args.load_best_model_at_end:
+            raise UserError(
+                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
+            )
+        args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed
+
+
+def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label: dict[int, str]):
+    """Both, the tiny ones built from the training rows; the tokenizer cuts texts at the length that training sees."""
+    if model_args.model_name_or_path == "tiny":
+        from tiny import tiny_classifier_folder
+
+        label2id = {label: index for index, label in id2label.items()}
+        texts, labels = tables["train"].text.tolist(), tables["train"].label.map(label2id).tolist()
+        model_args.model_name_or_path = tiny_classifier_folder(texts, labels, len(id2label))
+    tokenizer = load_encoder_tokenizer(model_args)
+    model = load_classifier(model_args, args, id2label)
+    tokenizer.model_max_length = min(data_args.model_max_length, count_positions(model.config))
+    return tokenizer, model
 
 
 def describe_classification_run(model_args, data_args, args, tables: dict) -> dict:
@@ -232,27 +256,10 @@ def main():
     lock = lock_output_dir(args.output_dir) if is_first else None
     set_seed(args.seed)
 
-    tables, labels, removed = load_data(data_args, args.seed)
-    id2label = dict(enumerate(labels))
-    label2id = {label: index for index, label in id2label.items()}
-    if "validation" not in tables:
-        if args.early_stopping_patience is not None or args.load_best_model_at_end:
-            raise UserError(
-                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
-            )
-        args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-
+    tables, id2label, removed = load_data(data_args, args)
     model_name = model_args.model_name_or_path
-    if model_name == "tiny":
-        from tiny import tiny_classifier_folder
-
-        numbers = tables["train"].label.map(label2id).tolist()
-        model_args.model_name_or_path = tiny_classifier_folder(tables["train"].text.tolist(), numbers, len(labels))
-    tokenizer = load_encoder_tokenizer(model_args)
-    model = load_classifier(model_args, args, id2label)
-    max_length = min(data_args.model_max_length, count_positions(model.config))
-    tokenizer.model_max_length = max_length  # saved with it: serving cuts where training did
-    splits = {name: encode_table(table, label2id, tokenizer) for name, table in tables.items()}
+    tokenizer, model = load_tokenizer_and_model(model_args, data_args, args, tables, id2label)
+    splits = {name: encode_table(table, model.config.label2id, tokenizer) for name, table in tables.items()}
 
     found = [None, False, []]
     if is_first:
@@ -261,12 +268,10 @@ def main():
     checkpoint, finished, messages = broadcast_object_list(found)
     if finished:
         return print(*messages) if is_first else None
-    if is_first:
-        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
-    train_labels = column(splits["train"], "labels")
+    labels = column(splits["train"], "labels")
     if args.distillation_alpha:
-        soft_labels = load_cross_predictions(tables["train"].text.tolist(), train_labels.tolist(), len(labels))
+        soft_labels = load_cross_predictions(tables["train"].text.tolist(), labels.tolist(), len(id2label))
         splits["train"] = splits["train"].add_column("soft_labels", soft_labels.tolist())
     trainer = ClassificationTrainer(
         model=model,
@@ -274,7 +279,7 @@ def main():
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        class_weights=balanced_weights(train_labels, len(labels)) if args.class_weights == "balanced" else None,
+        class_weights=balanced_weights(labels, len(id2label)) if args.class_weights == "balanced" else None,
     )
     tokens = int(column(splits["train"], "length").sum())
     trainer.remove_callback(ProgressCallback)
@@ -282,10 +287,10 @@ def main():
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
     if is_first:
-        removed_rows = [line.split(maxsplit=1)[1] for line in describe({}, removed)]
-        if max_length < data_args.model_max_length:
-            messages.append(f"the model has positions for {max_length} tokens of a text, no more")
-        notes = [*messages, *(f"removed {line}" for line in removed_rows)]
+        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
+        if tokenizer.model_max_length < data_args.model_max_length:
+            messages.append(f"the model has positions for {tokenizer.model_max_length} tokens of a text, no more")
+        notes = [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
         print_classes_screen(trainer, tokenizer, model_name, splits, tables, notes)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
@@ -299,8 +304,7 @@ def main():
         trainer.model.config.save_pretrained(args.output_dir)  # beside adapters too: it names the classes
         steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         seen = tokens * trainer.state.epoch * steps / trainer.state.global_step
-        report = save_classification_report(trainer, predictions, tables, output.metrics, seen)
-        print(json.dumps(report, indent=2))
+        print(json.dumps(save_classification_report(trainer, predictions, tables, output.metrics, seen), indent=2))
         lock.close()
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
