@@ -1,7 +1,7 @@
 """The embedded default: a small classifier that knows, before it is trained, what its training texts alone can tell.
 
 texts -> train_tokenizer (words of up to 4 characters) -> embed_tokens (what stands beside what)
-texts, labels -> fit_ngrams (tf-idf and logistic regression, the wide part of ngram_modernbert.py)
+texts, labels -> fit_ngrams (tf-idf, naive Bayes and logistic regression, the wide part of ngram_modernbert.py)
 """
 
 import hashlib
@@ -84,43 +84,74 @@ def spell_out(tokenizer, max_token_characters: int) -> torch.Tensor:
     return characters
 
 
-def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regularisation: float) -> None:
-    """Fills the n-gram buffers of the model: those of two rows or more, the more frequent one where two meet in a slot.
-
-    Args:
-        rows: token ids; labels: of each row, from 0.
-    """
-    config, row_of, hashes = model.config, [], []
+def count_ngrams(model, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n-grams of rows of token ids, as (hash, row, how often): three arrays of one length, sorted by hash."""
+    hashes, row_of = [], []
     for start in range(0, len(rows), 256):
         ids = pad_sequence([torch.tensor(row) for row in rows[start : start + 256]], batch_first=True)
-        found = hash_ngrams(model.token_characters[ids].flatten(1), config.max_ngram).flatten(1).numpy()
+        found = hash_ngrams(model.token_characters[ids].flatten(1), model.config.max_ngram).flatten(1).numpy()
         place = np.nonzero(found)
         row_of.append(place[0] + start)
         hashes.append(found[place])
-    pairs, frequency = np.unique(np.stack([np.concatenate(hashes), np.concatenate(row_of)]), axis=1, return_counts=True)
-    hashes, row_of = pairs
-    known, document_frequency = np.unique(hashes, return_counts=True)
-    order = np.argsort(document_frequency, kind="stable")
-    order = order[document_frequency[order] > 1]
-    slots, idf = known % config.ngram_table_size, np.zeros(config.ngram_table_size, dtype=np.float32)
-    table = np.zeros(config.ngram_table_size, dtype=np.int64)
-    table[slots[order]] = known[order]
-    kept = table[slots] == known
-    idf[slots[kept]] = np.log((1 + len(rows)) / (1 + document_frequency[kept])) + 1
+    pairs = np.stack([np.concatenate(hashes), np.concatenate(row_of)])
+    (hashes, row_of), frequency = np.unique(pairs, axis=1, return_counts=True)
+    return hashes, row_of, frequency
 
-    slots = hashes % config.ngram_table_size
+
+def build_table(hashes: np.ndarray, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-gram in each slot (0 for none), and its inverse document frequency: two arrays of shape (size,).
+
+    N-grams of two rows or more are kept; where two meet in a slot, the one of more rows.
+
+    Args:
+        hashes: one for each row that an n-gram is in.
+    """
+    known, document_frequency = np.unique(hashes, return_counts=True)
+    known, document_frequency = known[document_frequency > 1], document_frequency[document_frequency > 1]
+    rare_first = np.argsort(document_frequency, kind="stable")
+    table, idf = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.float32)
+    table[known[rare_first] % size] = known[rare_first]
+    idf[known[rare_first] % size] = np.log((1 + num_rows) / (1 + document_frequency[rare_first])) + 1
+    return table, idf
+
+
+def weigh_ngrams(features, labels: list[int], num_labels: int, inverse_regularisation: float):
+    """Weights and biases that tell each class from the others: shapes (n-grams, num_labels) and (num_labels,).
+
+    Logistic regression on tf-idf, scaled by how much more often the class has the n-gram than the others.
+    Source: Wang and Manning, "Baselines and Bigrams" (2012), with a logistic loss.
+
+    Args:
+        features: tf-idf, a sparse matrix of shape (rows, n-grams); labels: of each row, from 0.
+    """
+    weight, bias = np.zeros((features.shape[1], num_labels)), np.zeros(num_labels)
+    for label in range(num_labels) if num_labels > 2 else [1]:
+        is_label = np.asarray(labels) == label
+        counts = [np.asarray(features[some].sum(0)).ravel() + 0.5 for some in (is_label, ~is_label)]
+        ratio = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
+        fitted = LogisticRegression(C=inverse_regularisation, max_iter=1000)
+        fitted.fit(features @ sparse.diags_array(ratio), is_label)
+        weight[:, label], bias[label] = fitted.coef_[0] * ratio, fitted.intercept_[0]
+    if num_labels == 2:  # one row of weights, of which each class gets half
+        weight, bias = weight[:, 1:] * [-0.5, 0.5], bias[1:] * [-0.5, 0.5]
+    return weight, bias
+
+
+def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regularisation: float) -> None:
+    """Fills the model's n-gram buffers from rows of token ids and their labels."""
+    hashes, row_of, frequency = count_ngrams(model, rows)
+    table, idf = build_table(hashes, model.config.ngram_table_size, len(rows))
+    slots = hashes % len(table)
     in_table = table[slots] == hashes
-    columns, column_of = np.unique(slots[in_table], return_inverse=True)
-    weights, row_of = ((1 + np.log(frequency)) * idf[slots])[in_table], row_of[in_table]
-    norm = np.sqrt(np.bincount(row_of, weights**2, len(rows))).clip(1e-6)
-    features = sparse.csr_matrix((weights / norm[row_of], (row_of, column_of)), shape=(len(rows), len(columns)))
-    fitted = LogisticRegression(C=inverse_regularisation, max_iter=1000).fit(features, labels)
-    weight, bias = fitted.coef_, fitted.intercept_
-    if len(weight) == 1:  # two classes share one row of weights, of which each gets half
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    slots, row_of = slots[in_table], row_of[in_table]
+    tf_idf = (1 + np.log(frequency[in_table])) * idf[slots]
+    norm = np.sqrt(np.bincount(row_of, tf_idf**2, len(rows))).clip(1e-6)
+    used, column_of = np.unique(slots, return_inverse=True)
+    features = sparse.csr_matrix((tf_idf / norm[row_of], (row_of, column_of)), shape=(len(rows), len(used)))
+    weight, bias = weigh_ngrams(features, labels, model.config.num_labels, inverse_regularisation)
     model.ngram_hashes.copy_(torch.from_numpy(table))
     model.ngram_idf.copy_(torch.from_numpy(idf))
-    model.ngram_weight[columns] = torch.tensor(weight.T, dtype=torch.float32)
+    model.ngram_weight[used] = torch.tensor(weight, dtype=torch.float32)
     model.ngram_bias.copy_(torch.tensor(bias))
 
 
