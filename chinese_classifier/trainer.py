@@ -45,7 +45,7 @@ class ClassificationTrainer(Trainer):
         super().__init__(*args, data_collator=partial(collate_padded, tokenizer=kwargs["processing_class"]), **kwargs)
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
-        self.metrics_of = evaluate.load(METRICS_FILE)
+        self.metrics_of = evaluate.load(METRICS_FILE, keep_in_memory=True)
         self.add_callback(WholeCheckpoints(self.accelerator, self.args.save_total_limit))
         self.args.save_total_limit = None  # the stock rotation removes the old checkpoint before the new one is whole
 
