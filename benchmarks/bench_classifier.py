@@ -42,15 +42,16 @@ COMMON = {
 
 
 def load_rows(count: int):
-    """The first `count` training reviews of both classes in turns, the test reviews, and the tiny model's folder."""
+    """`count` of the training reviews, the test reviews, the classes, and the folder of the tiny model for them."""
     sys.path.insert(0, str(RECIPE))
     from prepare import load_tables
     from tiny import tiny_classifier_folder
 
     tables, _ = load_tables("reviews", ("text", "label"), {"validation": 0.1, "test": 0.1}, 42, {})
-    train = tables["train"].groupby("label").head(count // 2).reset_index(drop=True)
+    train = tables["train"].sample(count, random_state=0).reset_index(drop=True)
     labels = {"负面": 0, "正面": 1}
-    folder = tiny_classifier_folder(train.text.tolist(), train.label.map(labels).tolist(), 2)
+    id2label = {number: label for label, number in labels.items()}
+    folder = tiny_classifier_folder(train.text.tolist(), train.label.tolist(), id2label)
     return train, tables["test"], labels, folder
 
 

@@ -49,6 +49,8 @@ def cross_predict(texts: list[str], labels: list[int], num_labels: int, num_fold
     folds, probability = number_folds(labels, num_folds), np.zeros((len(texts), num_labels), dtype=np.float32)
     for fold in np.unique(folds):
         seen = folds != fold
+        if len(np.unique(labels[seen])) < 2:
+            raise UserError("--distillation_alpha needs two rows or more of two classes or more.")
         model = LogisticRegression(C=3, max_iter=1000).fit(features[seen], labels[seen])
         # a class of a single row has no row left to learn from: its column stays 0
         probability[np.ix_(~seen, model.classes_)] = model.predict_proba(features[~seen])

@@ -68,7 +68,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
 
 def collate_padded(rows: list[dict], tokenizer) -> dict:
-    """Rows padded to the longest of them; no row at all gives one of two tokens that has no label.
+    """Rows padded to the longest of them; no row at all gives one that has no label.
 
     Returns:
         What the tokenizer makes of a text (`input_ids`, `attention_mask`, ...), of shape (rows, tokens), and `labels`

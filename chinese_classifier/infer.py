@@ -8,6 +8,7 @@ The way of the texts: predict_probabilities (sorted by length, hardly any paddin
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -17,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from model import count_positions
-from rows import UserError, check_one_encoding, detect_encoding, find_delimiter
+from rows import UserError, check_one_encoding, clean_label, detect_encoding, find_delimiter
+
+CHUNK = 20_000  # texts of a table that are tokenised at a time: a million would take the memory of a machine
 
 
 def check_model_path(path: str, named_by: str = "") -> None:
@@ -82,12 +86,12 @@ def load_trained(path: str, trust_remote_code: bool = False):
             ignore_mismatched_sizes=base is not None,  # the head of the classes comes with the adapter
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{base or path}: no model could be read there ({str(error).splitlines()[0]}).") from None
-    if base is not None:
-        from peft import PeftModel
+        if base is not None:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path)
+            model = PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{base or path}: no model could be read there ({str(error).splitlines()[0]}).") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, count_positions(config))
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
@@ -113,6 +117,8 @@ def predict_probabilities(
         max_tokens: of a batch, padding included.
         on_progress: gets to know how many texts more are done.
     """
+    if not texts:
+        return np.zeros((0, model.config.num_labels), dtype=np.float32)
     encoded = tokenizer(texts, truncation=True)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     probabilities = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
@@ -148,30 +154,48 @@ def explain(model, tokenizer, text: str) -> list[tuple[str, float]]:
 
 
 def read_texts(file: str, text_column: str) -> pd.DataFrame:
-    """A table with all its columns as they are; raises UserError where it can't be read, or has no such column."""
+    """A table with all its columns as they are, all of them strings.
+
+    Raises:
+        UserError: it can't be read, has no such column, or a row is wider or narrower than the header (names the line).
+    """
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file.")
     encoding, _ = detect_encoding(file)
     if encoding == "gb18030":
         check_one_encoding(file)
-    with open(file, encoding=encoding) as lines:
+    csv.field_size_limit(sys.maxsize)
+    rows, start = [], 1
+    with open(file, encoding=encoding, newline="") as lines:
         delimiter = find_delimiter(lines.readline(), text_column)
-    try:
-        table = pd.read_csv(file, encoding=encoding, sep=delimiter, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{file}: {str(error).strip()}") from None
-    if text_column not in table:
-        raise UserError(
-            f"{file}: no column {text_column!r}; there are {', '.join(table)}. Name yours by --text_column."
-        )
-    return table
+        lines.seek(0)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if header.count(text_column) != 1:
+                raise UserError(
+                    f"{file}: no column {text_column!r}, or more than one; there are {', '.join(header) or 'none'}. "
+                    "Name yours by --text_column."
+                )
+            start = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise UserError(f"{file}:{start}: {len(cells)} cells, the header has {len(header)}.")
+                rows += [cells] if cells else []
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{file}:{start}: the row that begins here has broken quotes ({error}).") from None
+    return pd.DataFrame(rows, columns=header, dtype=object)
 
 
 def classify_table(model, tokenizer, table: pd.DataFrame, text_column: str, on_progress=lambda rows: None):
     """The table with `predicted` and `probability` beside its own columns; both are empty where the text is."""
     texts = table[text_column].str.strip()
     given = texts[texts != ""]
-    probabilities = predict_probabilities(model, tokenizer, given.tolist(), on_progress=on_progress)
+    parts = [given[start : start + CHUNK].tolist() for start in range(0, max(1, len(given)), CHUNK)]
+    probabilities = np.concatenate(
+        [predict_probabilities(model, tokenizer, part, on_progress=on_progress) for part in parts]
+    )
     labels = [model.config.id2label[index] for index in probabilities.argmax(1).tolist()]
     predicted = pd.Series(labels, index=given.index, dtype=object).reindex(table.index, fill_value="")
     best = pd.Series(probabilities.max(1).round(4), index=given.index).reindex(table.index)
@@ -182,6 +206,8 @@ def classify_file(model, tokenizer, file: str, output: str, text_column: str, la
     """Writes `classify_table` of a file, and says how many texts were empty, cut, and right where labels are there."""
     from tqdm import tqdm
 
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"{output}: there is no such folder to write to.")
     table = read_texts(file, text_column)
     if table.empty:
         raise UserError(f"{file}: there is no row in it.")
@@ -190,9 +216,10 @@ def classify_file(model, tokenizer, file: str, output: str, text_column: str, la
     result.to_csv(output, index=False, encoding="utf-8-sig")
     print(f"{output}: {len(table):,} rows; {(result.predicted == '').sum():,} of them have no text")
     if label_column in table:
-        labelled = result[(result.predicted != "") & (result[label_column].str.strip() != "")]
-        right = labelled.predicted == labelled[label_column].str.strip()
-        print(f"{right.mean():.4f} of the {len(labelled):,} rows with a label got it right")
+        labels = result[label_column].map(clean_label)
+        labelled = (result.predicted != "") & (labels != "")
+        right = (result.predicted == labels)[labelled]
+        print(f"{right.mean():.4f} of the {labelled.sum():,} rows with a label got it right")
 
 
 def main(argv: list[str] | None = None) -> None:

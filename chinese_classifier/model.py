@@ -1,13 +1,18 @@
 """The tokenizer and the classifier: any encoder that Transformers classifies with, whole or with adapters."""
 
 import sys
+from contextlib import nullcontext
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import ngram_modernbert  # noqa: F401  (makes the embedded default known to AutoModel...)
 from rows import UserError
+
+HEADS = ("classifier", "score")  # what Transformers calls the layers that give a class its score
 
 
 def no_model_there(path: str, error: Exception) -> UserError:
@@ -37,13 +42,15 @@ def load_encoder_tokenizer(model_args):
 def count_positions(config) -> int:
     """Tokens of a text that the model has positions for; sys.maxsize where it sets no limit."""
     positions = getattr(config, "max_position_embeddings", sys.maxsize)
+    if positions < 1:  # XLNet's way to say so
+        return sys.maxsize
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
         positions -= config.pad_token_id + 1
     return positions
 
 
 def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
-    """The encoder with a new head for these classes, or its own head where it knows the same classes already.
+    """The encoder with a new head for these classes, or with its own head, and order, where it knows the same ones.
 
     Frozen weights and DeepSpeed's working copy are kept in half precision; weights that the optimizer updates itself
     stay in fp32, and so do the adapters (PEFT), since fp16 gradients could not be unscaled otherwise.
@@ -55,28 +62,51 @@ def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
     path = model_args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
-        knows_them = config.num_labels == len(id2label) and dict(config.id2label) == id2label
-        config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
-        model = AutoModelForSequenceClassification.from_pretrained(
+        has_other_classes = set(config.id2label.values()) != set(id2label.values())
+        if has_other_classes:
+            config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=config,
             dtype=half if model_args.use_lora or args.deepspeed else torch.float32,
             attn_implementation=model_args.attn_implementation,
-            ignore_mismatched_sizes=not knows_them,
+            ignore_mismatched_sizes=has_other_classes,
+            output_loading_info=True,
             trust_remote_code=model_args.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise no_model_there(path, error) from None
+    new = loading["missing_keys"] | {name for name, *_ in loading["mismatched_keys"]}
+    if has_other_classes and not any(name.split(".")[0] in HEADS for name in new):
+        redraw_head(model)
     model.config.problem_type = "single_label_classification"
     if model_args.use_lora:
-        model = add_classifier_lora(model, model_args)
+        modules = {name.rpartition(".")[0] for name in new if name.split(".")[0] not in HEADS}
+        model = add_classifier_lora(model, model_args, sorted(modules))
     return model
 
 
-def add_classifier_lora(model: nn.Module, model_args) -> nn.Module:
+def redraw_head(model: nn.Module) -> None:
+    """Draws the head anew: one that was trained for as many other classes would be of no use, or misleading."""
+    heads = [module for name, module in model.named_children() if name in HEADS]
+    for layer in [layer for head in heads for layer in head.modules()]:
+        if isinstance(layer, nn.Linear):
+            whole = nullcontext()
+            if is_deepspeed_zero3_enabled():
+                import deepspeed
+
+                whole = deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0)
+            with whole:
+                layer.reset_parameters()
+
+
+def add_classifier_lora(model: nn.Module, model_args, new_modules: list[str]) -> nn.Module:
     """The model with low-rank adapters and a head that is trained whole; the rest is frozen.
 
     Source: Hu et al., "LoRA" (2021); library: PEFT.
+
+    Args:
+        new_modules: others that the checkpoint has no weights for (a pooler); trained whole and saved like the head.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -90,13 +120,19 @@ def add_classifier_lora(model: nn.Module, model_args) -> nn.Module:
         raise UserError(
             f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
         )
-    return get_peft_model(
+    model = get_peft_model(
         model,
         LoraConfig(
             task_type="SEQ_CLS",
+            modules_to_save=[*HEADS, *new_modules],
+            exclude_modules=new_modules or None,
             r=model_args.lora_r,
             lora_alpha=model_args.lora_alpha,
             lora_dropout=model_args.lora_dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT does so for the adapters alone
+            parameter.data = parameter.data.float()
+    return model

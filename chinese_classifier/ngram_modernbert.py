@@ -106,7 +106,9 @@ class NgramModernBertForSequenceClassification(ModernBertForSequenceClassificati
             input_ids = input_ids.masked_fill(dropped, self.config.mask_token_id)
         output = super().forward(input_ids, attention_mask, **kwargs)
         if not self.training:
-            output.logits = torch.lerp(output.logits, self.ngram_logits(input_ids), self.config.ngram_share)
+            # in fp32: the encoder may run in half precision, the n-grams' sum never does
+            ngram_logits = self.ngram_logits(input_ids).float()
+            output.logits = torch.lerp(output.logits.float(), ngram_logits, self.config.ngram_share)
         if labels is not None:
             output.loss = F.cross_entropy(output.logits, labels)
         return output

@@ -77,17 +77,42 @@ def load_tables(
         UserError: fewer than two classes, a class that can't be both learned and checked, or one that only stands
             among the held-out rows.
     """
-    paths = {"train": data_path}
-    if Path(data_path, "train.csv").exists():
-        found = {name: Path(data_path, f"{name}.csv") for name in SPLITS}
-        paths = {name: str(path) for name, path in found.items() if path.exists()}
-    paths |= {name: path for name, path in held_out.items() if path}
+    if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        raise UserError(f"the shares that are held out have to be 0 or more, and less than 1 together: {shares}")
+    paths = find_splits(data_path) | {name: path for name, path in held_out.items() if path}
     paths = {name: paths[name] for name in SPLITS if name in paths}
     splits, removed = clean_splits({name: read_any(path, *columns) for name, path in paths.items()})
+    for name, rows in splits.items():
+        if name != "train" and rows.empty:
+            raise UserError(f"{paths[name]}: no good row is among the {name} rows.")
     check_classes(splits, data_path)
     shares = {name: 0 if name in splits else share for name, share in shares.items()}
     splits |= split_in_blocks(splits["train"], shares, seed)
-    return {name: splits[name].reset_index(drop=True) for name in SPLITS if name in splits}, removed
+    return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed
+
+
+def find_splits(data_path: str) -> dict[str, str]:
+    """Part -> its table, where a folder holds one named train; else all is "train", to be cut.
+
+    Raises:
+        UserError: beside train there is a table of another name, which would be left out.
+    """
+    tables = {Path(path).stem: path for path in list_tables(data_path)} if Path(data_path).is_dir() else {}
+    if "train" not in tables:
+        return {"train": data_path}
+    tables.pop("removed", None)
+    if others := sorted(path for name, path in tables.items() if name not in SPLITS):
+        raise UserError(
+            f"{data_path}: beside train there are {', '.join(others)}, which would be left out. "
+            "Name them validation and test, give them by --eval_data_path and --test_data_path, or move them away."
+        )
+    return tables
+
+
+def save_removed(removed: pd.DataFrame, folder: Path) -> None:
+    """removed.csv: which rows were left out, from where, and why."""
+    columns = ["text", "label", "source", "split", "reason"]
+    removed[columns].to_csv(folder / "removed.csv", index=False, encoding="utf-8-sig")
 
 
 def check_classes(splits: dict[str, pd.DataFrame], data_path: str) -> None:
@@ -137,9 +162,11 @@ def main():
     splits, removed = load_tables(options.data_path, columns, shares, options.seed, held_out={})
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in SPLITS:  # an earlier split's tables
+        (folder / f"{name}.csv").unlink(missing_ok=True)
     for name, rows in splits.items():
         rows[["text", "label", "source"]].to_csv(folder / f"{name}.csv", index=False, encoding="utf-8-sig")
-    removed[["text", "label", "source", "split", "reason"]].to_csv(folder / "removed.csv", index=False)
+    save_removed(removed, folder)
     print("\n".join(describe(splits, removed)))
 
 

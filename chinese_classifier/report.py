@@ -181,12 +181,12 @@ def plot_confusion(matrix: list[list[int]], labels: list[str]):
     font = find_chinese_font()
     names = labels if font or all(map(str.isascii, labels)) else range(len(labels))
     counts = np.array(matrix)
-    size = 2.5 + 0.6 * len(labels)
+    size = min(2.5 + 0.6 * len(labels), 40)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     share = counts / counts.sum(1, keepdims=True).clip(1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column_index), count in np.ndenumerate(counts):
+    for (row, column_index), count in np.ndenumerate(counts) if len(labels) <= 40 else ():  # more can't be read
         color = "white" if share[row, column_index] > 0.5 else "black"
         axes.text(column_index, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")

@@ -139,11 +139,16 @@ def find_delimiter(header: str, text_column: str) -> str:
     return ","
 
 
+def clean_label(label: str) -> str:
+    """Without space around it; Excel's 1.0 is the label 1."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", label.strip())
+
+
 def check_cells(cells: list[str], width: int, text_place: int, label_place: int) -> tuple[str, str, str]:
-    """Text, label and what is wrong with a row, if anything. Excel's 1.0 is the label 1."""
+    """Text, label and what is wrong with a row, if anything."""
     if len(cells) != width:
         return "", "", f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
-    text, label = cells[text_place].strip(), re.sub(r"^(-?\d+)\.0+$", r"\1", cells[label_place].strip())
+    text, label = cells[text_place].strip(), clean_label(cells[label_place])
     if not text:
         return text, label, "empty text"
     if not label:
@@ -206,17 +211,18 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
         rows = splits[name].copy()
         rows["key"] = [normalize(text) for text in rows.text]
         usable = rows[rows.reason == ""]
-        classes = usable.groupby("key").label.unique()
-        classes = classes[[len(labels) > 1 for labels in classes]]
-        first = usable.drop_duplicates("key").set_index("key").source
-        copies = set(usable.index[usable.key.duplicated()])
-        for index, key in usable.key.items():
+        num_classes = usable.groupby("key").label.nunique()
+        in_several = usable[usable.key.isin(num_classes.index[num_classes > 1])]
+        classes = in_several.groupby("key").label.unique().map(" and ".join).to_dict()
+        first, reasons = {}, {}
+        for index, key, source in zip(usable.index, usable.key, usable.source, strict=True):
             if key in held_out:
-                rows.loc[index, "reason"] = f"held out as well: {held_out[key]}"
+                reasons[index] = f"held out as well: {held_out[key]}"
             elif key in classes:
-                rows.loc[index, "reason"] = f"in several classes: {' and '.join(classes[key])}"
-            elif index in copies:
-                rows.loc[index, "reason"] = f"a copy: of {first[key]}"
+                reasons[index] = f"in several classes: {classes[key]}"
+            elif first.setdefault(key, source) != source:
+                reasons[index] = f"a copy: of {first[key]}"
+        rows["reason"] = [reasons.get(index, reason) for index, reason in rows.reason.items()]
         removed.append(rows[rows.reason != ""].assign(split=name))
         cleaned[name] = rows[rows.reason == ""].drop(columns="reason")
         held_out |= dict(zip(cleaned[name].key, cleaned[name].source, strict=True))

@@ -6,6 +6,8 @@ texts, labels -> fit_ngrams (tf-idf, naive Bayes and logistic regression, the wi
 
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data import CACHE_DIR
 from ngram_modernbert import NgramModernBertConfig, NgramModernBertForSequenceClassification, hash_ngrams
+from rows import UserError
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
@@ -143,6 +146,8 @@ def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regulari
     table, idf = build_table(hashes, model.config.ngram_table_size, len(rows))
     slots = hashes % len(table)
     in_table = table[slots] == hashes
+    if not in_table.any():
+        raise UserError("the training texts have not a character in common: the small default needs more of them.")
     slots, row_of = slots[in_table], row_of[in_table]
     tf_idf = (1 + np.log(frequency[in_table])) * idf[slots]
     norm = np.sqrt(np.bincount(row_of, tf_idf**2, len(rows))).clip(1e-6)
@@ -156,8 +161,13 @@ def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regulari
 
 
 @torch.no_grad()
-def build_tiny_classifier(texts: list[str], labels: list[int], num_labels: int, folder: str) -> None:
-    """Saves a tokenizer of these texts, and a ModernBERT of one layer beside a classifier of n-grams."""
+def build_tiny_classifier(texts: list[str], labels: list[str], id2label: dict[int, str], folder: str) -> None:
+    """Saves a tokenizer of these texts, and a ModernBERT of one layer beside a classifier of n-grams.
+
+    Raises:
+        UserError: the texts have no n-gram in common.
+    """
+    label2id = {label: index for index, label in id2label.items()}
     tokenizer = train_tokenizer(texts)
     rows = tokenizer(texts)["input_ids"]
     config = NgramModernBertConfig(
@@ -171,7 +181,8 @@ def build_tiny_classifier(texts: list[str], labels: list[int], num_labels: int, 
         mlp_dropout=0.1,
         classifier_dropout=0.3,
         classifier_pooling="mean",
-        num_labels=num_labels,
+        id2label=id2label,
+        label2id=label2id,
         pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
@@ -185,20 +196,21 @@ def build_tiny_classifier(texts: list[str], labels: list[int], num_labels: int, 
     embeddings = embed_tokens(rows, config.vocab_size, config.hidden_size)
     model.get_input_embeddings().weight[:, : embeddings.shape[1]] = embeddings
     model.token_characters.copy_(spell_out(tokenizer, config.max_token_characters))
-    fit_ngrams(model, rows, labels, inverse_regularisation=10)
+    fit_ngrams(model, rows, [label2id[label] for label in labels], inverse_regularisation=10)
     # model.save_pretrained would write nothing in a process that is not the first of its run.
     model.config.save_pretrained(folder)
     save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 
-def tiny_classifier_folder(texts: list[str], labels: list[int], num_labels: int) -> str:
+def tiny_classifier_folder(texts: list[str], labels: list[str], id2label: dict[int, str]) -> str:
     """Folder of the small classifier for these rows, built by the first process that asks for it."""
     code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("tiny.py", "ngram_modernbert.py")]
-    identity = json.dumps([texts, labels, num_labels, code])
+    identity = json.dumps([texts, labels, id2label, code])
     folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     CACHE_DIR.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "tokenizer_config.json").exists():
-            build_tiny_classifier(texts, labels, num_labels, str(folder))
+    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
+        if not folder.exists():
+            build_tiny_classifier(texts, labels, id2label, f"{scratch}/whole")
+            os.rename(f"{scratch}/whole", folder)
     return str(folder)

@@ -25,7 +25,7 @@ from baseline import load_cross_predictions
 from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
 from data import column, encode_table, hash_table
 from model import count_positions, load_classifier, load_encoder_tokenizer
-from prepare import describe, load_tables
+from prepare import describe, load_tables, save_removed
 from report import SpeedProgress, print_classes_screen, save_classification_report
 from rows import UserError, sort_labels
 from trainer import ClassificationTrainer, balanced_weights
@@ -131,6 +131,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used here."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "No buffer changes here, and the n-grams' are large."}
+    )
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
 
@@ -186,6 +189,8 @@ def refuse_flags(model_args, data_args, args) -> None:
             raise UserError(f"--{share} has no effect with --{path}; give one of them.")
     if args.class_weights not in ("none", "balanced"):
         raise UserError(f"--class_weights {args.class_weights}: none or balanced.")
+    if args.early_stopping_patience is not None and args.eval_strategy == IntervalStrategy.NO:
+        raise UserError("--early_stopping_patience has no effect with --eval_strategy no.")
     if args.metric_for_best_model not in ("macro_f1", "accuracy", "loss"):
         raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
 
@@ -207,7 +212,7 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
     if "validation" not in tables:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
-                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
+                "early stopping and --load_best_model_at_end need held-out rows: --validation_split or --eval_data_path"
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     return tables, dict(enumerate(sort_labels(tables["train"].label))), removed
@@ -218,11 +223,12 @@ def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label
     if model_args.model_name_or_path == "tiny":
         from tiny import tiny_classifier_folder
 
-        label2id = {label: index for index, label in id2label.items()}
-        texts, labels = tables["train"].text.tolist(), tables["train"].label.map(label2id).tolist()
-        model_args.model_name_or_path = tiny_classifier_folder(texts, labels, len(id2label))
+        texts, labels = tables["train"].text.tolist(), tables["train"].label.tolist()
+        model_args.model_name_or_path = tiny_classifier_folder(texts, labels, id2label)
     tokenizer = load_encoder_tokenizer(model_args)
     model = load_classifier(model_args, args, id2label)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the end of a row
     tokenizer.model_max_length = min(data_args.model_max_length, count_positions(model.config))
     return tokenizer, model
 
@@ -234,7 +240,7 @@ def describe_classification_run(model_args, data_args, args, tables: dict) -> di
         *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
         *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
-        *("class_weights", "distillation_alpha", "label_smoothing_factor"),
+        *("class_weights", "distillation_alpha", "label_smoothing_factor", "metric_for_best_model"),
         *("neftune_noise_alpha", "full_determinism"),
     )
     run = {
@@ -287,7 +293,7 @@ def main():
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
     if is_first:
-        removed.to_csv(Path(args.output_dir, "removed.csv"), index=False, encoding="utf-8-sig")
+        save_removed(removed, Path(args.output_dir))
         if tokenizer.model_max_length < data_args.model_max_length:
             messages.append(f"the model has positions for {tokenizer.model_max_length} tokens of a text, no more")
         notes = [*messages, *(" ".join(line.split()) for line in describe({}, removed))]

@@ -2,8 +2,8 @@
 # Text classification without DeepSpeed: in one process, or in NPROC of them (plain data parallelism).
 #
 #   bash train.sh                                         the small default on product reviews
-#   DATA=words bash train.sh                              the same on word lists of nine domains
-#   MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv bash train.sh --text_column 评论 --label_column 类别
+#   DATA=words OUTPUT=output_words bash train.sh               the same on word lists of nine domains
+#   MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv OUTPUT=output_my bash train.sh --text_column 评论
 #   GPUS=0,1 NPROC=2 bash train.sh                          two processes on these GPUs
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash train.sh      the same line on each machine
 set -euo pipefail
@@ -27,14 +27,16 @@ else
 fi
 # <<< launch
 
+# >>> classifier-recipe: one copy of this block stands in every launch script
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 3e-5 --per_device_train_batch_size 32)
 elif [[ ${DATA:-reviews} == words ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 2e-3 --per_device_train_batch_size $((512 / nproc)) --class_weights balanced)
-else # random weights and few rows: the same batch however many processes there are, and much against overfitting
+else # random weights, few rows: all processes of a machine together have 96 rows a step; much against overfitting
     recipe=(--num_train_epochs 6 --learning_rate 1e-3 --per_device_train_batch_size $((96 / nproc)) --adam_beta2 0.98
         --weight_decay 0.1 --label_smoothing_factor 0.1 --distillation_alpha 0.5 --metric_for_best_model loss)
 fi
+# <<< classifier-recipe
 set -x
 exec "${launch[@]}" train.py "${device_args[@]}" \
     --model_name_or_path "${MODEL:-tiny}" \

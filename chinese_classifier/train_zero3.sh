@@ -2,8 +2,8 @@
 # Text classification with DeepSpeed ZeRO-3 (the weights are sharded too): on every visible GPU, or on 2 CPU processes.
 #
 #   bash train_zero3.sh                                   the small default on product reviews
-#   DATA=words bash train_zero3.sh                        the same on word lists of nine domains
-#   MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv bash train_zero3.sh --text_column 评论 --label_column 类别
+#   DATA=words OUTPUT=output_words bash train_zero3.sh         the same on word lists of nine domains
+#   MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv OUTPUT=output_my bash train_zero3.sh --text_column 评论
 #   GPUS=0,1 bash train_zero3.sh                          these GPUs only
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash train_zero3.sh      the same line on each machine
 set -euo pipefail
@@ -26,14 +26,16 @@ else
 fi
 # <<< launch
 
+# >>> classifier-recipe: one copy of this block stands in every launch script
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 3e-5 --per_device_train_batch_size 32)
 elif [[ ${DATA:-reviews} == words ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 2e-3 --per_device_train_batch_size $((512 / nproc)) --class_weights balanced)
-else # random weights and few rows: the same batch however many processes there are, and much against overfitting
+else # random weights, few rows: all processes of a machine together have 96 rows a step; much against overfitting
     recipe=(--num_train_epochs 6 --learning_rate 1e-3 --per_device_train_batch_size $((96 / nproc)) --adam_beta2 0.98
         --weight_decay 0.1 --label_smoothing_factor 0.1 --distillation_alpha 0.5 --metric_for_best_model loss)
 fi
+# <<< classifier-recipe
 set -x
 exec "${launch[@]}" train.py "${device_args[@]}" \
     --deepspeed ds_zero3_no_offload.json \

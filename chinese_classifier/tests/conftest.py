@@ -82,6 +82,17 @@ def classifier_folder(bert_config, tokenizer, tmp_path_factory) -> str:
     return save_model(bert_config, tokenizer, tmp_path_factory.mktemp("classifier"), has_head=True)
 
 
+@pytest.fixture(scope="session")
+def ngram_folder(tmp_path_factory) -> str:
+    """The embedded default, built from 200 reviews but not trained: its n-grams know good and bad ones."""
+    from tiny import build_tiny_classifier
+
+    texts, labels = zip(*make_reviews(200), strict=True)
+    folder = str(tmp_path_factory.mktemp("ngrams"))
+    build_tiny_classifier(list(texts), list(labels), {0: "差评", 1: "好评"}, folder)
+    return folder
+
+
 @pytest.fixture(scope="session", name="data_file")
 def review_table(tmp_path_factory) -> str:
     """25 training rows: with 8 rows a step the last ones have few, so that a rank may have none."""

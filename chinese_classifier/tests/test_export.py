@@ -8,23 +8,14 @@ from conftest import make_reviews
 from export import export_classifier, export_onnx, main
 from infer import load_trained
 from rows import UserError
-from tiny import build_tiny_classifier
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> str:
-    texts, labels = zip(*make_reviews(100), strict=True)
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    build_tiny_classifier(list(texts), [int(label == "好评") for label in labels], 2, folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["tiny", "bert"])
-def test_onnx_has_the_logits_of_pytorch(kind, tiny_folder, classifier_folder, tmp_path, capsys):
+def test_onnx_has_the_logits_of_pytorch(kind, ngram_folder, classifier_folder, tmp_path, capsys):
     import onnxruntime
 
     target = tmp_path / "exported"
-    main([tiny_folder if kind == "tiny" else classifier_folder, str(target), "--onnx"])
+    main([ngram_folder if kind == "tiny" else classifier_folder, str(target), "--onnx"])
     assert "times as fast as PyTorch" in capsys.readouterr().out
     model, tokenizer = load_trained(str(target))
     session = onnxruntime.InferenceSession(target / "model.onnx")
@@ -35,16 +26,16 @@ def test_onnx_has_the_logits_of_pytorch(kind, tiny_folder, classifier_folder, tm
             np.testing.assert_allclose(logits, model(**inputs).logits, atol=1e-5)
 
 
-def test_a_folder_that_holds_something_is_left_alone(tiny_folder, tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(ngram_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="is not an empty folder"):
-        export_classifier(tiny_folder, str(tmp_path))
+        export_classifier(ngram_folder, str(tmp_path))
 
 
-def test_a_broken_onnx_file_is_not_recommended(tiny_folder, tmp_path, monkeypatch):
+def test_a_broken_onnx_file_is_not_recommended(ngram_folder, tmp_path, monkeypatch):
     import onnxruntime
 
-    export_classifier(tiny_folder, str(tmp_path / "exported"))
+    export_classifier(ngram_folder, str(tmp_path / "exported"))
 
     class Wrong(onnxruntime.InferenceSession):
         def run(self, *args, **kwargs):

@@ -17,25 +17,13 @@ from infer import (
     read_texts,
 )
 from rows import UserError
-from tiny import build_tiny_classifier
 
 TEXTS = [text for text, _ in make_reviews(40, seed=3)]
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> str:
-    """The embedded default, built from 200 reviews: its n-grams know 好评 (1) and 差评 (0)."""
-    texts, labels = zip(*make_reviews(200), strict=True)
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    build_tiny_classifier(list(texts), [int(label == "好评") for label in labels], 2, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder):
-    model, tokenizer = load_trained(tiny_folder)
-    model.config.id2label = {0: "差评", 1: "好评"}
-    return model, tokenizer
+def loaded(ngram_folder):
+    return load_trained(ngram_folder)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
@@ -101,10 +89,11 @@ def test_files_from_excel_are_classified(encoding, delimiter, loaded, tmp_path, 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("a,b\n1,2\n", "no column 'text'; there are a, b. Name yours by --text_column"),
-        ("text,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
-        ('text,b\n1,2\n"1,2\n', "EOF inside string starting at row 2"),
-        ("", "No columns to parse"),
+        ("a,b\n1,2\n", "no column 'text', or more than one; there are a, b. Name yours by --text_column"),
+        ("text,b\n1,2\n1,2,3\n", "a.csv:3: 3 cells, the header has 2"),
+        ("text,b\n1,2,\n", "a.csv:2: 3 cells, the header has 2"),
+        ('text,b\n1,2\n"1,2\n', "a.csv:3: the row that begins here has broken quotes"),
+        ("", "there are none"),
         ("text,b\n", "there is no row in it"),
     ],
 )
@@ -113,6 +102,31 @@ def test_tables_that_cannot_be_read_are_named(content, reason, loaded, tmp_path,
     monkeypatch.setattr(infer, "load_trained", lambda *args: loaded)
     with pytest.raises(SystemExit, match=reason):
         infer.main(["model", "--file", str(tmp_path / "a.csv"), "--output", str(tmp_path / "out.csv")])
+
+
+def test_labels_are_compared_as_training_reads_them(loaded, tmp_path, capsys, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(infer, "load_trained", lambda *args: (model, tokenizer))
+    monkeypatch.setattr(model.config, "id2label", {0: "0", 1: "1"})
+    rows = [(text, {"好评": "1.0", "差评": " 0"}[label]) for text, label in make_reviews(20)]
+    path = write_table(tmp_path / "a.csv", [*rows, ("", "1")], header=("text", " label"))
+    infer.main(["model", "--file", path, "--output", str(tmp_path / "out.csv")])
+    screen = capsys.readouterr().out
+    assert "21 rows; 1 of them have no text" in screen
+    right = float(screen.split()[-11]) if "got it right" in screen else 0
+    assert right >= 0.9, screen
+
+
+def test_a_table_without_any_text(loaded):
+    table = pd.DataFrame({"text": ["", " "]})
+    assert classify_table(*loaded, table, "text").predicted.tolist() == ["", ""]
+
+
+def test_large_tables_are_tokenised_in_parts(loaded, monkeypatch):
+    monkeypatch.setattr(infer, "CHUNK", 7)
+    table = pd.DataFrame({"text": TEXTS})
+    expected = predict_probabilities(*loaded, TEXTS).max(1).round(4)
+    np.testing.assert_allclose(classify_table(*loaded, table, "text").probability, expected, atol=2e-4)
 
 
 def test_one_text_on_the_command_line(loaded, capsys, monkeypatch):

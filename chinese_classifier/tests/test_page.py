@@ -10,7 +10,6 @@ import pytest
 from conftest import make_reviews, write_table
 from demo import build_classifier_demo, scale_words
 from infer import load_trained
-from tiny import build_tiny_classifier
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -22,13 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    texts, labels = zip(*make_reviews(200), strict=True)
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    build_tiny_classifier(list(texts), [int(label == "好评") for label in labels], 2, folder)
-    model, tokenizer = load_trained(folder)
-    model.config.id2label = {0: "差评", 1: "好评"}
-    page = build_classifier_demo(model, tokenizer, title="测试分类")
+def address(ngram_folder):
+    page = build_classifier_demo(*load_trained(ngram_folder), title="测试分类")
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     yield url
     page.close()
@@ -87,7 +81,7 @@ def test_a_whole_table_is_classified_and_can_be_downloaded(form, tmp_path):
     assert (result.predicted[:30] == result.label[:30]).mean() > 0.9 and pd.isna(result.predicted[30])
     form.get_by_label("文本所在的列").fill("无此列")
     form.get_by_role("button", name="开始").click()
-    form.get_by_text("no column '无此列'; there are text, label").wait_for()
+    form.get_by_text("no column '无此列', or more than one; there are text, label").wait_for()
 
 
 def test_the_strongest_word_has_the_strongest_colour():

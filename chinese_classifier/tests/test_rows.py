@@ -160,6 +160,30 @@ def test_held_out_rows_of_their_own(tmp_path):
     assert removed.reason.tolist() == [f"held out as well: {test}:2"] and removed.source.tolist() == [f"{train}:9"]
 
 
+def test_a_table_beside_train_is_not_left_out_in_silence(tmp_path):
+    for name, rows in (("train.tsv", "好\t1\n坏\t0\n"), ("dev.tsv", "一般\t1\n")):
+        write(tmp_path / name, "text\tlabel\n" + rows)
+    with pytest.raises(UserError, match=r"beside train there are .*dev\.tsv, which would be left out"):
+        load(tmp_path)
+    (tmp_path / "dev.tsv").rename(tmp_path / "validation.tsv")
+    splits, _ = load(tmp_path, test_split=0)
+    assert [len(part) for part in splits.values()] == [2, 1]
+
+
+def test_held_out_tables_and_shares_that_leave_nothing(tmp_path):
+    rows = "".join(f"第{number}条,{number % 2}\n" for number in range(20))
+    path = write(tmp_path / "a.csv", "text,label\n" + rows)
+    empty = write(tmp_path / "b.csv", "text,label\n,1\n")
+    columns, shares = ("text", "label"), {"validation": 0.1, "test": 0.1}
+    with pytest.raises(UserError, match=r"b\.csv: no good row is among the test rows"):
+        load_tables(path, columns, shares, 0, {"test": empty})
+    for bad in ({"validation": 20, "test": 0.1}, {"validation": -0.1, "test": 0}, {"validation": 0.5, "test": 0.5}):
+        with pytest.raises(UserError, match="less than 1 together"):
+            load_tables(path, columns, bad, 0, {})
+    few = write(tmp_path / "c.csv", "text,label\n很好,1\n不错,1\n很坏,0\n不行,0\n")
+    assert list(load_tables(few, columns, shares, 0, {})[0]) == ["train", "validation"]
+
+
 def test_command_line_writes_tables_that_are_read_again_as_they_are(tmp_path, monkeypatch, capsys):
     rows = "".join(f"第{number}条{'好' if number % 2 else '坏'}评,{number % 2}\n" for number in range(200))
     path = write(tmp_path / "a.csv", "text,label\n" + rows + "第3条好评！,1\n,1\n", "gb18030")

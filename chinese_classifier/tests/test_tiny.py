@@ -1,6 +1,5 @@
 """The embedded default: its n-grams say what scikit-learn's tf-idf and logistic regression say."""
 
-import re
 import unicodedata
 
 import numpy as np
@@ -14,6 +13,7 @@ import ngram_modernbert  # noqa: F401  (makes the class known)
 from baseline import cross_predict, number_folds
 from conftest import TELLING, make_reviews
 from ngram_modernbert import hash_ngrams
+from rows import UserError
 from tiny import build_tiny_classifier, embed_tokens, train_tokenizer
 
 
@@ -24,7 +24,7 @@ def tiny(request, tmp_path_factory):
     texts, names = zip(*rows, strict=True)
     labels = [list(TELLING).index(name) for name in names]
     folder = str(tmp_path_factory.mktemp("tiny"))
-    build_tiny_classifier(list(texts), labels, request.param, folder)
+    build_tiny_classifier(list(texts), list(names), dict(enumerate(list(TELLING)[: request.param])), folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return model, AutoTokenizer.from_pretrained(folder), list(texts), labels, folder
 
@@ -79,13 +79,31 @@ def test_the_ngrams_take_no_part_in_training(tiny):
         model.eval()
 
 
+def test_it_runs_in_half_precision(tiny):
+    """As on a GPU that has bf16: by autocast, and with the weights themselves cast."""
+    model, tokenizer, texts, labels, folder = tiny
+    inputs = tokenizer(texts[:32], padding=True, return_tensors="pt")
+    expected = model(**inputs).logits
+    half = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        by_autocast = model(**inputs).logits
+    for logits in (by_autocast, half(**inputs).logits):
+        assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+        torch.testing.assert_close(logits.float(), expected, atol=0.3, rtol=0.1)
+
+
+def test_texts_without_anything_in_common_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not a character in common"):
+        build_tiny_classifier(["天地", "玄黄"], ["好", "坏"], {0: "好", 1: "坏"}, str(tmp_path))
+
+
 def test_a_saved_model_is_served_by_pipeline_from_anywhere(tiny, tmp_path):
     model, tokenizer, texts, labels, _ = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "ngram_modernbert.py").exists()
     served = pipeline("text-classification", str(tmp_path), trust_remote_code=True)
-    right = [int(re.search(r"\d+", answer["label"])[0]) for answer in served(texts)] == np.array(labels)
+    right = [list(TELLING).index(answer["label"]) for answer in served(texts)] == np.array(labels)
     assert right.mean() > 0.95
 
 
