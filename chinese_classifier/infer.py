@@ -8,7 +8,6 @@ The way of the texts: predict_probabilities (sorted by length, hardly any paddin
 """
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from model import count_positions
-from rows import UserError, check_one_encoding, clean_label, detect_encoding, find_delimiter
+from rows import UserError, clean_label, read_cells
 
 CHUNK = 20_000  # texts of a table that are tokenised at a time: a million would take the memory of a machine
 
@@ -161,31 +160,11 @@ def read_texts(file: str, text_column: str) -> pd.DataFrame:
     """
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file.")
-    encoding, _ = detect_encoding(file)
-    if encoding == "gb18030":
-        check_one_encoding(file)
-    csv.field_size_limit(sys.maxsize)
-    rows, start = [], 1
-    with open(file, encoding=encoding, newline="") as lines:
-        delimiter = find_delimiter(lines.readline(), text_column)
-        lines.seek(0)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            if header.count(text_column) != 1:
-                raise UserError(
-                    f"{file}: no column {text_column!r}, or more than one; there are {', '.join(header) or 'none'}. "
-                    "Name yours by --text_column."
-                )
-            start = reader.line_num + 1
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise UserError(f"{file}:{start}: {len(cells)} cells, the header has {len(header)}.")
-                rows += [cells] if cells else []
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{file}:{start}: the row that begins here has broken quotes ({error}).") from None
-    return pd.DataFrame(rows, columns=header, dtype=object)
+    header, rows = read_cells(file, (text_column,))
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(f"{file}:{line}: {len(cells)} cells, the header has {len(header)}.")
+    return pd.DataFrame([cells for _, cells in rows], columns=header, dtype=object)
 
 
 def classify_table(model, tokenizer, table: pd.DataFrame, text_column: str, on_progress=lambda rows: None):

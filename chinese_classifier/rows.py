@@ -1,6 +1,6 @@
 """Tables of texts and labels -> checked rows: one encoding a file, whatever Excel exports, no text on two sides.
 
-files -> read_table (every cell checked) -> split_in_blocks (one table) -> clean_splits (copies and leaks taken out)
+files -> read_cells -> read_table (every row checked) -> split_in_blocks (one table) -> clean_splits (no copies, no leaks)
 """
 
 import codecs
@@ -90,10 +90,8 @@ def check_one_encoding(path: str) -> None:
         )
 
 
-def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Every row of a table, good or bad: text, label, source ("file:line") and, for a bad one, the reason.
-
-    A reason is its kind, and after a colon what there is to say about the one row.
+def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of a table, and (first line, cells) of each row that is not blank.
 
     Raises:
         UserError: no such column (names those there are), quotes that don't close, or an encoding that can't be read.
@@ -108,27 +106,41 @@ def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
     csv.field_size_limit(sys.maxsize)
     rows, start = [], 1
     with open(path, encoding=encoding, newline="") as file:
-        delimiter = find_delimiter(file.readline(), text_column)
+        delimiter = find_delimiter(file.readline(), columns[0])
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            for column in (text_column, label_column):
+            for column in columns:
                 if header.count(column) != 1:
                     raise UserError(
                         f"{path}: no column {column!r}, or more than one; there are {', '.join(header) or 'none'}. "
                         "Name yours by --text_column and --label_column."
                     )
-            places = header.index(text_column), header.index(label_column)
             start = reader.line_num + 1
             for cells in reader:
                 if cells:
-                    text, label, reason = check_cells(cells, len(header), *places)
-                    rows.append((text, label, f"{path}:{start}", reason))
+                    rows.append((start, cells))
                 start = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{start}: the row that begins here has broken quotes ({error}).") from None
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return header, rows
+
+
+def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
+    """Every row of a table, good or bad: text, label, source ("file:line") and, for a bad one, the reason.
+
+    A reason is its kind, and after a colon what there is to say about the one row.
+
+    Raises:
+        UserError: see `read_cells`.
+    """
+    header, rows = read_cells(path, (text_column, label_column))
+    places, table = (header.index(text_column), header.index(label_column)), []
+    for line, cells in rows:
+        text, label, reason = check_cells(cells, len(header), *places)
+        table.append((text, label, f"{path}:{line}", reason))
+    return pd.DataFrame(table, columns=COLUMNS)
 
 
 def find_delimiter(header: str, text_column: str) -> str:

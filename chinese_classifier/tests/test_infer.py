@@ -89,7 +89,10 @@ def test_files_from_excel_are_classified(encoding, delimiter, loaded, tmp_path, 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("a,b\n1,2\n", "no column 'text', or more than one; there are a, b. Name yours by --text_column"),
+        (
+            "a,b\n1,2\n",
+            "no column 'text', or more than one; there are a, b. Name yours by --text_column and --label_column",
+        ),
         ("text,b\n1,2\n1,2,3\n", "a.csv:3: 3 cells, the header has 2"),
         ("text,b\n1,2,\n", "a.csv:2: 3 cells, the header has 2"),
         ('text,b\n1,2\n"1,2\n', "a.csv:3: the row that begins here has broken quotes"),
