@@ -1,6 +1,6 @@
 """Tables of texts and labels -> checked rows: one encoding a file, whatever Excel exports, no text on two sides.
 
-files -> read_cells -> read_table (every row checked) -> split_in_blocks (one table) -> clean_splits (no copies, no leaks)
+files -> read_cells -> read_table (rows checked) -> split_in_blocks (one table) -> clean_splits (no copies, no leaks)
 """
 
 import codecs
