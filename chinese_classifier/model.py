@@ -83,6 +83,9 @@ def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
     if model_args.use_lora:
         modules = {name.rpartition(".")[0] for name in new if name.split(".")[0] not in HEADS}
         model = add_classifier_lora(model, model_args, sorted(modules))
+        for parameter in model.parameters() if not args.deepspeed else ():  # which keeps fp32 copies by itself
+            if parameter.requires_grad:  # PEFT casts the adapters, but not the head
+                parameter.data = parameter.data.float()
     return model
 
 
@@ -120,7 +123,7 @@ def add_classifier_lora(model: nn.Module, model_args, new_modules: list[str]) ->
         raise UserError(
             f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
         )
-    model = get_peft_model(
+    return get_peft_model(
         model,
         LoraConfig(
             task_type="SEQ_CLS",
@@ -132,7 +135,3 @@ def add_classifier_lora(model: nn.Module, model_args, new_modules: list[str]) ->
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # PEFT does so for the adapters alone
-            parameter.data = parameter.data.float()
-    return model

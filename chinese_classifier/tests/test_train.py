@@ -156,6 +156,18 @@ def test_lora_trains_its_head_in_full_precision(encoder_folder):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32, torch.bfloat16}
 
 
+def test_lora_under_zero3_saves_a_whole_adapter(encoder_folder, data_file, tmp_path):
+    from safetensors.torch import load_file
+
+    run = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--output_dir", tmp_path]
+    run += ["--deepspeed", "ds_zero3_no_offload.json", "--use_lora", "true", "--learning_rate", "1e-2"]
+    run_train(*run, "--per_device_train_batch_size", "4", "--num_train_epochs", "2", processes=2)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(weight.numel() for weight in saved.values())
+    assert max(weight.abs().max() for name, weight in saved.items() if "lora_B" in name) > 0
+    assert json.loads((tmp_path / "train_results.json").read_text())["test_loss"] < 1
+
+
 def test_lora_saves_what_the_checkpoint_did_not_have(bert_config, tokenizer, data_file, tmp_path, monkeypatch):
     """A masked-LM has no pooler: one that stayed as it was drawn would be another one at each load."""
     import trainer
