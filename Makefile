@@ -11,7 +11,7 @@ demo: .venv/demo
 # The pages are clicked in real time, so their tests have the machine to themselves.
 test: .venv/test
 	$(ACTIVATE) && python -m pytest tests
-	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_page.py
 	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
