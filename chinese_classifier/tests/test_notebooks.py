@@ -24,6 +24,7 @@ def outputs(tmp_path_factory) -> dict[str, str]:
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for cell in cells:
             cell.outputs = []
+            cell.source = cell.source.replace("num_train_epochs=3", "num_train_epochs=1")  # enough to beat the baseline
         NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
         shown = [output for cell in cells for output in cell.outputs]
         texts[name] = "\n".join(output.get("text") or output["data"].get("text/plain", "") for output in shown)

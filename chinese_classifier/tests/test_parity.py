@@ -86,15 +86,6 @@ def test_two_processes_equal_the_plain_loop(
     assert losses(tmp_path, "eval_loss") == expected_held_out
 
 
-def test_a_new_head_is_drawn_under_zero3_too(classifier_folder, tmp_path):
-    rows = [(text, {"好评": "正面", "差评": "负面"}[label]) for text, label in make_reviews(25)]
-    table = write_table(tmp_path / "train.csv", rows)
-    more = ["--per_device_train_batch_size", "4", "--deepspeed", "ds_zero3_no_offload.json"]
-    held_out = write_table(tmp_path / "eval.csv", [("天地美妙", "正面")])
-    run_train(*flags(classifier_folder, table, held_out, tmp_path / "out", *more), processes=2)
-    assert 0.3 < losses(tmp_path / "out")[0] < 1.5
-
-
 def test_weights_and_smoothing_equal_the_plain_loop(classifier_folder, eval_file, tokenizer, tmp_path, monkeypatch):
     rows = make_reviews(40)
     rows = [row for index, row in enumerate(rows) if row[1] == "好评" or index % 4 == 3]  # 20 and 10
