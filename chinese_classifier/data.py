@@ -33,13 +33,12 @@ def hash_table(table: pd.DataFrame) -> str:
 def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
     """What the tokenizer makes of the texts, cut at the end, with `labels`, `length` and whether anything was cut."""
     encoded = tokenizer(batch["text"], truncation=True)
-    whole = tokenizer(batch["text"], verbose=False)["input_ids"]
-    return {
-        **encoded,
-        "labels": [label2id[label] for label in batch["label"]],
-        "length": [len(ids) for ids in encoded["input_ids"]],
-        "cut": [len(ids) > tokenizer.model_max_length for ids in whole],
-    }
+    limit, lengths = tokenizer.model_max_length, [len(ids) for ids in encoded["input_ids"]]
+    cut = [
+        length == limit and len(tokenizer(text, verbose=False)["input_ids"]) > limit
+        for text, length in zip(batch["text"], lengths, strict=True)
+    ]
+    return {**encoded, "labels": [label2id[label] for label in batch["label"]], "length": lengths, "cut": cut}
 
 
 def encode_table(table: pd.DataFrame, label2id: dict[str, int], tokenizer) -> Dataset:

@@ -59,8 +59,10 @@ def test_a_text_gets_its_scores_and_its_words(form):
     form.get_by_placeholder("输入文本").press("Enter")
     form.locator("h2", has_text="好评").wait_for()
     form.get_by_text("欢喜", exact=True).wait_for()
+    assert form.get_by_text("差评").count() == 1, "the other class has no bar"
     form.get_by_role("button", name="清空").click()
     form.locator("h2", has_text="好评").wait_for(state="detached")
+    assert form.get_by_placeholder("输入文本").input_value() == ""
     form.get_by_role("button", name="分类", exact=True).click()
     form.get_by_text("请先输入文本。").wait_for()
 
