@@ -106,3 +106,33 @@ def skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
+
+
+def check_prompt(row: object) -> tuple[list[dict], object, str]:
+    """Messages, ground truth and data source of a row, in the recipe's own form or in that of verl's parquet files.
+
+    `{"prompt": "..." or messages, "ground_truth": ..., "data_source": "..."}`, or `{"prompt": messages,
+    "reward_model": {"ground_truth": ...}, "data_source": "..."}`.
+
+    Raises:
+        UserError: what the row lacks, in words.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"a row is a JSON object, this is a {type(row).__name__}")
+    prompt, reward_model = row.get("prompt"), row.get("reward_model")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError("prompt is a text, or a list of messages with role and content")
+    for number, message in enumerate(messages, start=1):
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"message {number}: unknown role {message.get('role')!r}, known are system, user, assistant")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise UserError(f"message {number} ({message['role']}): the text is empty or no string")
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("the last message of the prompt must be the user's")
+    ground_truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else row.get("ground_truth")
+    if ground_truth is None:
+        raise UserError("no ground_truth, so no reply can be judged")
+    if not isinstance(row.get("data_source", ""), str) or not isinstance(row.get("extra_info") or {}, dict):
+        raise UserError("data_source is a string and extra_info an object")
+    return messages, ground_truth, row.get("data_source", "")

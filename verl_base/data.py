@@ -1,0 +1,96 @@
+"""Rows of prompts -> rendered, checked, tokenised; a step's prompts as one left-padded batch."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from verl import DataProto
+
+from rows import UserError, check_prompt, detect_encoding, list_files, read_json
+
+
+@dataclass
+class Prompt:
+    """One row of the data, ready to be sampled from.
+
+    Args:
+        input_ids: the rendered prompt, up to where the assistant begins to speak.
+        source: `file:line`, for messages.
+    """
+
+    messages: list[dict]
+    ground_truth: object
+    data_source: str
+    source: str
+    extra_info: dict = field(default_factory=dict)
+    input_ids: list[int] = field(default_factory=list)
+
+
+def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_file: Path | None) -> list[Prompt]:
+    """The prompts of a file or folder, in its order.
+
+    Args:
+        max_prompt_length: tokens; a longer prompt is a bad row, for its question would lose its beginning.
+        bad_rows_file: bad rows are written there with their reasons and left out; None: they are an error.
+
+    Raises:
+        UserError: no file, no row, a file that is neither UTF-8 nor GB18030, bad rows (the first ten of them).
+    """
+    prompts, bad = [], []
+    for path in list_files(data_path):
+        encoding, _ = detect_encoding(path)
+        for number, row, text in read_json(path, encoding):
+            source = f"{path}:{number}"
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                prompt = Prompt(*check_prompt(row), source=source, extra_info=row.get("extra_info") or {})
+                prompt.input_ids = tokenizer.apply_chat_template(
+                    prompt.messages, add_generation_prompt=True, return_dict=False
+                )
+                if len(prompt.input_ids) > max_prompt_length:
+                    raise UserError(f"{len(prompt.input_ids)} tokens, more than --max_prompt_length {max_prompt_length}")
+                prompts.append(prompt)
+            except UserError as error:
+                bad.append({"source": source, "reason": str(error), "row": text.strip()})
+    if bad and bad_rows_file is None:
+        first = "\n".join(f"  {row['source']}: {row['reason']}" for row in bad[:10])
+        raise UserError(f"{len(bad)} bad rows in {data_path}; mend them or give --skip_bad_rows true.\n{first}")
+    if bad:
+        bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
+        with bad_rows_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
+        print(f"{data_path}: {len(bad)} bad rows left out, see {bad_rows_file}")
+    if not prompts:
+        raise UserError(f"{data_path}: no prompt in it.")
+    return prompts
+
+
+def take_apart(train: list[Prompt], test: list[Prompt]) -> tuple[list[Prompt], int]:
+    """The training prompts that are not held out as well, and how many were."""
+    held_out = {tuple(prompt.input_ids) for prompt in test}
+    kept = [prompt for prompt in train if tuple(prompt.input_ids) not in held_out]
+    return kept, len(train) - len(kept)
+
+
+def prompts_of_draw(prompts: list[Prompt], draw: int, batch_size: int, seed: int) -> list[Prompt]:
+    """The prompts of the `draw`-th batch: epoch after epoch, each in an order of its own.
+
+    It depends on the number only, so that a resumed run draws what the uninterrupted one would have drawn.
+    """
+    positions = np.arange(draw * batch_size, (draw + 1) * batch_size)
+    orders = {e: np.random.default_rng([seed, e]).permutation(len(prompts)) for e in set(positions // len(prompts))}
+    return [prompts[orders[position // len(prompts)][position % len(prompts)]] for position in positions]
+
+
+def collate_prompts(prompts: list[Prompt], pad_token_id: int) -> DataProto:
+    """Left-padded `input_ids` and `attention_mask` [prompts, longest] and their rows' numbers (`index`)."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        attention_mask[row, longest - len(prompt.input_ids) :] = 1
+    return DataProto.from_dict(tensors={"input_ids": input_ids, "attention_mask": attention_mask})

