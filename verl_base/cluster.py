@@ -64,7 +64,7 @@ def local_cluster(processes: int, output_dir: str | Path):
                 num_gpus=processes if ON_GPU else 0,
                 include_dashboard=False,
                 object_store_memory=512 << 20,
-                log_to_driver=True,
+                log_to_driver=False,
                 logging_level="error",
                 _temp_dir=str(link),
             )

@@ -1,5 +1,6 @@
 """Rows of prompts -> rendered, checked, tokenised; a step's prompts as one left-padded batch."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,9 @@ def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_fil
                     prompt.messages, add_generation_prompt=True, return_dict=False
                 )
                 if len(prompt.input_ids) > max_prompt_length:
-                    raise UserError(f"{len(prompt.input_ids)} tokens, more than --max_prompt_length {max_prompt_length}")
+                    raise UserError(
+                        f"{len(prompt.input_ids)} tokens, more than --max_prompt_length {max_prompt_length}"
+                    )
                 prompts.append(prompt)
             except UserError as error:
                 bad.append({"source": source, "reason": str(error), "row": text.strip()})
@@ -68,11 +71,35 @@ def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_fil
     return prompts
 
 
-def take_apart(train: list[Prompt], test: list[Prompt]) -> tuple[list[Prompt], int]:
-    """The training prompts that are not held out as well, and how many were."""
-    held_out = {tuple(prompt.input_ids) for prompt in test}
-    kept = [prompt for prompt in train if tuple(prompt.input_ids) not in held_out]
-    return kept, len(train) - len(kept)
+def load_split(data_args, tokenizer, seed: int, output_dir: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and held-out ones; a training prompt that is held out as well is left out, and counted.
+
+    Raises:
+        UserError: see `load_prompts`; or nothing is left to learn from.
+    """
+    bad_rows_file = Path(output_dir, "bad_rows.jsonl") if data_args.skip_bad_rows else None
+    if bad_rows_file:
+        bad_rows_file.unlink(missing_ok=True)
+    prompts = load_prompts(data_args.data_path, tokenizer, data_args.max_prompt_length, bad_rows_file)
+    if data_args.eval_data_path:
+        held_out = load_prompts(data_args.eval_data_path, tokenizer, data_args.max_prompt_length, bad_rows_file)
+    else:
+        order = np.random.default_rng(seed).permutation(len(prompts))
+        share = 0.05 if data_args.validation_split is None else data_args.validation_split
+        held_out = [prompts[row] for row in order[: max(1, round(share * len(prompts)))]]
+    seen = {tuple(prompt.input_ids) for prompt in held_out}
+    kept = [prompt for prompt in prompts if tuple(prompt.input_ids) not in seen]
+    if not kept:
+        raise UserError(f"{data_args.data_path}: every prompt of it is held out too, so there is none to learn from.")
+    if data_args.eval_data_path and len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} prompts of {data_args.data_path} are held out, too: not learned from")
+    return kept, held_out
+
+
+def hash_prompts(prompts: list[Prompt]) -> str:
+    """A hash of what is asked and what counts as right."""
+    content = [[prompt.input_ids, prompt.ground_truth, prompt.data_source] for prompt in prompts]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def prompts_of_draw(prompts: list[Prompt], draw: int, batch_size: int, seed: int) -> list[Prompt]:

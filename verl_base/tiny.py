@@ -49,7 +49,11 @@ def sample_accuracy(model, tokenizer, conversations: list[list[dict]]) -> float:
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=48, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=48,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.no_grad():
         sequences = model.generate(**inputs, generation_config=settings)

@@ -1,0 +1,193 @@
+"""The flags of train.py. Those that verl has too are called as in verl's own trainer."""
+
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+
+import torch
+from transformers import HfArgumentParser
+
+from cluster import ON_GPU
+from rows import UserError
+
+# What each algorithm sets where no flag says otherwise. Sources: GRPO arXiv:2402.03300, RLOO arXiv:2402.14740,
+# REINFORCE++ arXiv:2501.03262, DAPO arXiv:2503.14476 (a higher upper clip, no reference, groups without a lesson drawn
+# again).
+ALGORITHMS = {
+    "grpo": {"adv_estimator": "grpo", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False},
+    "rloo": {"adv_estimator": "rloo", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False},
+    "reinforce_plus_plus": {
+        **{"adv_estimator": "reinforce_plus_plus", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001},
+        **{"filter_groups": False},
+    },
+    "dapo": {"adv_estimator": "grpo", "clip_ratio_high": 0.28, "kl_loss_coef": 0.0, "filter_groups": True},
+}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "A hub id or a folder; tiny: the embedded model, tuned on sft.jsonl first."}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Learn adapters only; the model itself is the reference."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters; larger holds more and costs more."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale; usually twice the rank."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers with adapters, or all-linear."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the model brings along."})
+    attn_implementation: str = field(
+        default="", metadata={"help": "sdpa, or flash_attention_2 (taken on a GPU where flash-attn is installed)."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, a third slower."}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(
+        default="cache_data/arithmetic/train.jsonl", metadata={"help": "A .json / .jsonl file of prompts, or a folder."}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Held-out prompts; without it validation_split is cut off the data."}
+    )
+    validation_split: float | None = field(
+        default=None, metadata={"help": "Share of data_path that is held out; 0.05 unless given."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Tokens; a longer prompt is a bad row."})
+    max_response_length: int = field(
+        default=256, metadata={"help": "Tokens; a reply is cut off there and counts as not finished."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Go on without rows that can't be used; bad_rows.jsonl lists them."}
+    )
+    reward_function: str = field(
+        default="rewards.py:compute_score", metadata={"help": "file.py:function that gives a reply its score."}
+    )
+    skip_bad_rewards: bool = field(
+        default=False, metadata={"help": "Leave a reply out, and count it, where the reward function fails on it."}
+    )
+
+
+@dataclass
+class TrainingArguments:
+    output_dir: str = field(default="output", metadata={"help": "Checkpoints, report and the trained model."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start afresh where a run was before."})
+    algorithm: str = field(default="grpo", metadata={"help": ", ".join(ALGORITHMS)})
+    total_training_steps: int = field(default=200, metadata={"help": "Batches of prompts to learn from."})
+    train_batch_size: int = field(default=32, metadata={"help": "Prompts a step, of all processes together."})
+    rollout_n: int = field(default=8, metadata={"help": "Replies to each prompt: a group."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, in training and on held-out prompts."})
+    ppo_mini_batch_size: int = field(default=16, metadata={"help": "Prompts an optimizer step."})
+    ppo_epochs: int = field(default=1, metadata={"help": "Times that a batch is learned from."})
+    ppo_max_token_len_per_gpu: int = field(
+        default=16384, metadata={"help": "Tokens that a process takes at once; lower it when memory runs out."}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "1e-6 suits a model of billions, LoRA 1e-5."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "constant or cosine."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
+    clip_ratio_low: float = field(default=0.2, metadata={"help": "How far a token's probability may fall a step."})
+    clip_ratio_high: float | None = field(default=None, metadata={"help": "And rise; by algorithm."})
+    kl_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the KL to the reference; 0: no reference is loaded. By algorithm."}
+    )
+    entropy_coeff: float = field(default=0.0, metadata={"help": "Weight of an entropy bonus."})
+    loss_agg_mode: str = field(
+        default="token-mean", metadata={"help": "verl's: token-mean, seq-mean-token-mean, seq-mean-token-sum ..."}
+    )
+    max_num_gen_batches: int = field(
+        default=4,
+        metadata={"help": "dapo: batches sampled for a step at most, until enough groups bring a lesson."},
+    )
+    recompute_log_probs: bool | None = field(
+        default=None, metadata={"help": "Old log-probabilities by a forward pass, not as sampled; true under bf16."}
+    )
+    val_n: int = field(default=8, metadata={"help": "Replies to each held-out prompt."})
+    test_freq: int = field(default=25, metadata={"help": "Steps between two evaluations."})
+    save_freq: int = field(default=50, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: int = field(default=5, metadata={"help": "Steps between two printed lines."})
+    seed: int = field(default=42, metadata={"help": "Of the order of prompts, the sampling and the tiny model."})
+    nproc: int | None = field(default=None, metadata={"help": "Processes: all GPUs, or 2 on the CPU."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16; true on GPUs that have it."})
+
+
+def fill_by_hardware(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """What wasn't given: processes, precision, attention, and what the algorithm says."""
+    if args.nproc is None:
+        args.nproc = torch.cuda.device_count() if ON_GPU else min(2, len(os.sched_getaffinity(0)))
+    if args.bf16 is None:
+        args.bf16 = ON_GPU and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.recompute_log_probs is None:
+        args.recompute_log_probs = args.bf16
+    if not model_args.attn_implementation:
+        flash = ON_GPU and args.bf16 and find_spec("flash_attn") is not None
+        model_args.attn_implementation = "flash_attention_2" if flash else "sdpa"
+    for name in ("clip_ratio_high", "kl_loss_coef"):
+        if getattr(args, name) is None:
+            setattr(args, name, ALGORITHMS[args.algorithm][name])
+
+
+def check_flags(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError for a flag that can't work, or would change nothing here."""
+    defaults = {field.name: field.default for field in fields(ModelArguments)}
+    for name in ("lora_r", "lora_alpha"):
+        if not model_args.use_lora and getattr(model_args, name) != defaults[name]:
+            raise UserError(f"--{name} has no effect without --use_lora true.")
+    if not model_args.use_lora and model_args.target_modules != ["all-linear"]:
+        raise UserError("--target_modules has no effect without --use_lora true.")
+    if args.algorithm not in ALGORITHMS:
+        raise UserError(f"--algorithm {args.algorithm}: known are {', '.join(ALGORITHMS)}.")
+    for name in ("total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    for name in ("save_freq", "save_total_limit", "logging_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    if args.rollout_n < 2:
+        raise UserError(
+            f"--rollout_n {args.rollout_n}: a reply is compared with the others of its group; give 2 or more."
+        )
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: replies must differ to be compared; give more than 0.")
+    if args.train_batch_size % args.ppo_mini_batch_size:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
+            f"{args.ppo_mini_batch_size}, so the last optimizer step of a batch would be smaller."
+        )
+    if data_args.eval_data_path and data_args.validation_split is not None:
+        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+    if data_args.validation_split is not None and not 0 < data_args.validation_split < 1:
+        raise UserError(f"--validation_split {data_args.validation_split}: a share between 0 and 1.")
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Raises UserError where a batch can't be dealt out evenly."""
+    for name in ("train_batch_size", "ppo_mini_batch_size"):
+        if getattr(args, name) % args.nproc:
+            raise UserError(f"--{name} {getattr(args, name)} can't be dealt to {args.nproc} processes evenly.")
+
+
+def read_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Flags, or a YAML file of them.
+
+    Raises:
+        UserError: a flag that is unknown, can't work, or has no effect together with the others.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
+        else:
+            model_args, data_args, args = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_flags(model_args, data_args, args)
+    fill_by_hardware(model_args, args)
+    check_processes(args)
+    model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")
+    return model_args, data_args, args

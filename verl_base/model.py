@@ -1,0 +1,43 @@
+"""The tokenizer of the policy, and whether a model can be used at all."""
+
+from transformers import AutoConfig, AutoTokenizer
+
+from rows import UserError
+
+
+def load_policy_tokenizer(model_args):
+    """The model's tokenizer; its EOS is what ends an assistant's turn, or replies would never end.
+
+    Raises:
+        UserError: there is no such model, or it has no chat template, without which it can't be asked anything.
+    """
+    path = model_args.model_name_or_path
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
+            "config.json, tokenizer and weights, or a hub id; the readme says how to download one through a mirror."
+        ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{path}: its tokenizer has no chat template, so it was not trained to answer. Take the chat or instruct "
+            "version, or tune it on conversations first (base03_main_ppo/sft_cpu.sh shows how)."
+        )
+    end = find_end_of_turn(tokenizer)
+    if end is not None:
+        tokenizer.eos_token = end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_end_of_turn(tokenizer) -> str | None:
+    """The special token that the chat template writes right after the assistant's words; None where it writes none."""
+    words = "你好"
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": words}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = text[text.rindex(words) + len(words) :].strip()
+    ends = [token for token in tokenizer.all_special_tokens if token and after.startswith(token)]
+    return max(ends, key=len, default=None)

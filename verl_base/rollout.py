@@ -1,0 +1,207 @@
+"""What a step does between sampling and learning: judge the replies, compare them within their group, count."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from verl import DataProto
+from verl.protocol import pad_dataproto_to_divisor
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+from data import Prompt, collate_prompts
+from rows import UserError
+
+
+@dataclass
+class Judged:
+    """Replies and what the reward function says of them, one entry a reply, a prompt's n replies in a row.
+
+    Args:
+        scores: what is learned from; NaN where the reward function failed.
+        parts: the other figures that it returned (`acc`, `format`, ...), NaN likewise.
+    """
+
+    prompts: list[Prompt]
+    replies: list[str]
+    scores: np.ndarray
+    parts: dict[str, np.ndarray]
+    lengths: np.ndarray
+    finished: np.ndarray
+
+    def groups(self, values: np.ndarray) -> np.ndarray:
+        """The values as [prompts, n]."""
+        return values.reshape(len(self.prompts), -1)
+
+    @property
+    def right(self) -> np.ndarray:
+        """`acc` where the reward function returns it, else the score."""
+        return self.parts.get("acc", self.scores)
+
+
+def load_reward_function(path_and_name: str):
+    """The function of `file.py:name`.
+
+    Raises:
+        UserError: no such file, or no such function in it.
+    """
+    path, _, name = path_and_name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--reward_function {path_and_name}: give file.py:function; there is no file {path or name}.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward_function {path_and_name}: {path} has no function {name}.")
+    return getattr(module, name)
+
+
+def call_reward_function(reward_function, prompt: Prompt, reply: str, finished: bool) -> dict[str, float]:
+    """`score` and its parts of one reply; raises UserError with the sample where the function fails."""
+    try:
+        result = reward_function(
+            data_source=prompt.data_source,
+            solution_str=reply,
+            ground_truth=prompt.ground_truth,
+            extra_info={**prompt.extra_info, "finished": finished},
+        )
+        result = dict(result) if isinstance(result, dict) else {"score": result}
+        numbers = {name: float(value) for name, value in result.items() if not isinstance(value, str)}
+        if not math.isfinite(numbers["score"]):
+            raise ValueError(f"the score is {numbers['score']}")
+    except Exception as error:  # noqa: BLE001  (the user's code: whatever it raises is reported with its sample)
+        question = prompt.messages[-1]["content"]
+        raise UserError(
+            f"{prompt.source}: the reward function failed on the reply {reply!r} to {question!r}: "
+            f"{type(error).__name__}: {error}. Mend it, or leave such replies out by --skip_bad_rewards true."
+        ) from error
+    return numbers
+
+
+def judge_replies(rollout: DataProto, prompts: list[Prompt], tokenizer, reward_function, skip_bad: bool) -> Judged:
+    """Decodes every reply and asks the reward function about it.
+
+    Args:
+        skip_bad: a reply on which the function raises, or gives no finite number, gets NaN instead of ending the run.
+
+    Raises:
+        UserError: the reward function failed, with the sample; or it failed on every reply.
+    """
+    responses, mask = rollout.batch["responses"], rollout.batch["response_mask"].bool()
+    n = len(responses) // len(prompts)
+    ended = (responses == tokenizer.eos_token_id).logical_and(mask).any(1).tolist()
+    replies, results = [], []
+    for number, (ids, said) in enumerate(zip(responses, mask, strict=True)):
+        reply = tokenizer.decode(ids[said][:-1] if ended[number] else ids[said])
+        replies.append(reply)
+        try:
+            results.append(call_reward_function(reward_function, prompts[number // n], reply, ended[number]))
+        except UserError as error:
+            if not skip_bad:
+                raise
+            results.append({"score": math.nan})
+            last_error = error
+    scores = np.array([result["score"] for result in results])
+    if np.isnan(scores).all():
+        raise UserError(f"the reward function failed on every reply of a step, last on {last_error}")
+    names = {name for result in results for name in result} - {"score"}
+    parts = {name: np.array([result.get(name, math.nan) for result in results]) for name in sorted(names)}
+    return Judged(prompts, replies, scores, parts, mask.sum(1).numpy(), np.array(ended))
+
+
+def add_advantages(rollout: DataProto, judged: Judged, adv_estimator: str) -> None:
+    """Puts `advantages` and `returns` [replies, length] into the rollout, by verl's estimator of that name.
+
+    A reply without a score takes no part: it is masked out, and its group is compared without it.
+    """
+    mask = rollout.batch["response_mask"]
+    bad = np.isnan(judged.scores)
+    mask[torch.from_numpy(bad)] = 0
+    numbers = np.arange(len(judged.scores))
+    n = len(numbers) // len(judged.prompts)
+    index = np.where(bad, -1 - numbers, numbers // n)
+    rewards = torch.zeros(mask.shape)
+    rewards[numbers, judged.lengths - 1] = torch.from_numpy(np.nan_to_num(judged.scores)).float()
+    advantages, returns = get_adv_estimator_fn(adv_estimator)(
+        token_level_rewards=rewards, response_mask=mask, index=index, config=AlgoConfig(adv_estimator=adv_estimator)
+    )
+    rollout.batch["advantages"], rollout.batch["returns"] = advantages, returns
+
+
+def find_equal_groups(judged: Judged) -> np.ndarray:
+    """[prompts]: whether all scores of the group are the same, so that there is nothing to learn from it."""
+    scores = judged.groups(judged.scores)
+    known = ~np.isnan(scores)
+    return ~(np.where(known, scores, -np.inf).max(1) > np.where(known, scores, np.inf).min(1))
+
+
+def select_groups(rollout: DataProto, judged: Judged, chosen: np.ndarray) -> tuple[DataProto, Judged]:
+    """The groups of these numbers only."""
+    n = len(judged.scores) // len(judged.prompts)
+    rows = (chosen[:, None] * n + np.arange(n)).reshape(-1)
+    parts = {name: values[rows] for name, values in judged.parts.items()}
+    prompts, replies = [judged.prompts[group] for group in chosen], [judged.replies[row] for row in rows]
+    fields = prompts, replies, judged.scores[rows], parts, judged.lengths[rows], judged.finished[rows]
+    return rollout.select_idxs(rows), Judged(*fields)
+
+
+def join_rollouts(pairs: list[tuple[DataProto, Judged]]) -> tuple[DataProto, Judged]:
+    """Several rollouts one after the other, their prompts padded on the left to the longest."""
+    width = max(rollout.batch["prompts"].shape[1] for rollout, _ in pairs)
+    for rollout, _ in pairs:
+        missing = width - rollout.batch["prompts"].shape[1]
+        for name in ("prompts", "input_ids", "attention_mask", "position_ids"):
+            rollout.batch[name] = torch.nn.functional.pad(rollout.batch[name], (missing, 0))
+    all_judged = [judged for _, judged in pairs]
+    joined = Judged(
+        prompts=[prompt for judged in all_judged for prompt in judged.prompts],
+        replies=[reply for judged in all_judged for reply in judged.replies],
+        scores=np.concatenate([judged.scores for judged in all_judged]),
+        parts={name: np.concatenate([judged.parts[name] for judged in all_judged]) for name in all_judged[0].parts},
+        lengths=np.concatenate([judged.lengths for judged in all_judged]),
+        finished=np.concatenate([judged.finished for judged in all_judged]),
+    )
+    return DataProto.concat([rollout for rollout, _ in pairs]), joined
+
+
+def rollout_statistics(rollout: DataProto, judged: Judged) -> dict[str, float]:
+    """Means over the replies that have a score; entropy is estimated by the sampled tokens' own log-probabilities."""
+    mask = rollout.batch["response_mask"].bool()
+    log_probs = rollout.batch["old_log_probs"][mask]
+    return {
+        "reward": float(np.nanmean(judged.scores)),
+        **{name: float(np.nanmean(values)) for name, values in judged.parts.items()},
+        "reply_length": float(judged.lengths.mean()),
+        "finished": float(judged.finished.mean()),
+        "entropy": -log_probs.mean().item(),
+        "equal_groups": int(find_equal_groups(judged).sum()),
+        "bad_rewards": int(np.isnan(judged.scores).sum()),
+    }
+
+
+def sample(policy, prompts: list[Prompt], pad_token_id: int, n: int, temperature: float, seed: int) -> DataProto:
+    """n replies to each prompt, from all workers."""
+    batch = collate_prompts(prompts, pad_token_id)
+    batch.meta_info |= {"n": n, "temperature": temperature, "seed": seed}
+    padded, added = pad_dataproto_to_divisor(batch, policy.world_size)
+    rollout = policy.generate_sequences(padded)
+    return rollout[: len(rollout) - added * n]
+
+
+def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_args, args):
+    """Held-out prompts, `val_n` replies each: pass@1 is the mean of `acc`, pass@n whether one of the n is right.
+
+    Returns:
+        These figures by name, and what they were made of (Judged).
+    """
+    rollout = sample(policy, prompts, tokenizer.pad_token_id, args.val_n, args.temperature, args.seed)
+    judged = judge_replies(rollout, prompts, tokenizer, reward_function, data_args.skip_bad_rewards)
+    right = judged.groups(np.nan_to_num(judged.right))
+    statistics = rollout_statistics(rollout, judged)
+    scores = {"pass@1": float(right.mean()), f"pass@{args.val_n}": float(right.max(1).mean())}
+    return scores | {
+        name: statistics[name] for name in ("format", "reply_length", "finished") if name in statistics
+    }, judged
