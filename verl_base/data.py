@@ -52,9 +52,8 @@ def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_fil
                     prompt.messages, add_generation_prompt=True, return_dict=False
                 )
                 if len(prompt.input_ids) > max_prompt_length:
-                    raise UserError(
-                        f"{len(prompt.input_ids)} tokens, more than --max_prompt_length {max_prompt_length}"
-                    )
+                    length = len(prompt.input_ids)
+                    raise UserError(f"{length} tokens, more than --max_prompt_length {max_prompt_length}")
                 prompts.append(prompt)
             except UserError as error:
                 bad.append({"source": source, "reason": str(error), "row": text.strip()})

@@ -41,15 +41,10 @@ def report_evaluation(step: int, scores: dict, judged: Judged, samples_file: Pat
     n = len(judged.replies) // len(judged.prompts)
     with samples_file.open("a", encoding="utf-8") as file:
         for number, prompt in enumerate(judged.prompts[:32]):
-            question, reply, score = (
-                prompt.messages[-1]["content"],
-                judged.replies[number * n],
-                judged.scores[number * n],
-            )
-            file.write(
-                json.dumps({"step": step, "prompt": question, "reply": reply, "score": score}, ensure_ascii=False)
-            )
-            file.write("\n")
+            question, reply = prompt.messages[-1]["content"], judged.replies[number * n]
+            score = judged.scores[number * n]
+            row = {"step": step, "prompt": question, "reply": reply, "score": score}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if number < shown:
                 print(f"    {question} -> {reply} [{score:.2f}]", flush=True)
 
@@ -60,10 +55,7 @@ def plot_reward(history: list[dict]):
 
     steps = [row for row in history if "reward" in row]
     evaluations = [row for row in history if "pass@1" in row]
-    best = next(
-        (name for name in (evaluations[0] if evaluations else {}) if name.startswith("pass@") and name != "pass@1"),
-        None,
-    )
+    passes = [name for name in evaluations[0] if name.startswith("pass@")]
     figure = Figure(figsize=(11, 7), layout="constrained")
     reward, distance, length, groups = figure.subplots(2, 2).flat
 
@@ -71,9 +63,8 @@ def plot_reward(history: list[dict]):
         axes.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row], **style)
 
     draw(reward, steps, "reward", color="0.7", label="reward, training")
-    draw(reward, evaluations, "pass@1", marker="o", label="pass@1, held out")
-    if best:
-        draw(reward, evaluations, best, marker="o", label=f"{best}, held out")
+    for name in passes:
+        draw(reward, evaluations, name, marker="o", label=f"{name}, held out")
     draw(distance, steps, "kl", label="KL to the reference")
     draw(distance, steps, "entropy", label="entropy, nats a token")
     draw(length, steps, "reply_length", label="tokens a reply")

@@ -202,6 +202,5 @@ def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_arg
     right = judged.groups(np.nan_to_num(judged.right))
     statistics = rollout_statistics(rollout, judged)
     scores = {"pass@1": float(right.mean()), f"pass@{args.val_n}": float(right.max(1).mean())}
-    return scores | {
-        name: statistics[name] for name in ("format", "reply_length", "finished") if name in statistics
-    }, judged
+    shown = ("format", "reply_length", "finished")
+    return scores | {name: statistics[name] for name in shown if name in statistics}, judged

@@ -125,9 +125,7 @@ def check_prompt(row: object) -> tuple[list[dict], object, str]:
         raise UserError("prompt is a text, or a list of messages with role and content")
     for number, message in enumerate(messages, start=1):
         if message.get("role") not in ("system", "user", "assistant"):
-            raise UserError(
-                f"message {number}: unknown role {message.get('role')!r}, known are system, user, assistant"
-            )
+            raise UserError(f"message {number}: unknown role {message.get('role')!r}: system, user or assistant")
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise UserError(f"message {number} ({message['role']}): the text is empty or no string")
     if not messages or messages[-1]["role"] != "user":

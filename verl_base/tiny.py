@@ -48,13 +48,8 @@ def sample_accuracy(model, tokenizer, conversations: list[list[dict]]) -> float:
     inputs = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    settings = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=48,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=48, eos_token_id=eos, pad_token_id=pad)
     with torch.no_grad():
         sequences = model.generate(**inputs, generation_config=settings)
     replies = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

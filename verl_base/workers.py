@@ -136,7 +136,7 @@ class PolicyWorker(TrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_model(self, path: str) -> None:
-        """Writes the whole model, or with LoRA its adapter, and the tokenizer, as any Transformers program reads them."""
+        """Writes the whole model, or with LoRA its adapter, and the tokenizer, for any Transformers program."""
         state = get_fsdp_full_state_dict(self.engine.module, offload_to_cpu=True, rank0_only=True)
         if self.rank == 0:
             self.engine.module.save_pretrained(path, state_dict=state)
