@@ -26,6 +26,7 @@ def worker_config(model_args, args, trained: bool) -> TrainingWorkerConfig:
     """verl's settings for the policy (trained) or for the reference (forward only, never with adapters)."""
     precision = "bf16" if args.bf16 else "fp32"
     lora = trained and model_args.use_lora
+    targets = model_args.target_modules
     return TrainingWorkerConfig(
         model_type="language_model",
         model_config=HFModelConfig(
@@ -37,7 +38,7 @@ def worker_config(model_args, args, trained: bool) -> TrainingWorkerConfig:
             override_config={"attn_implementation": model_args.attn_implementation},
             lora_rank=model_args.lora_r if lora else 0,
             lora_alpha=model_args.lora_alpha,
-            target_modules=model_args.target_modules,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",

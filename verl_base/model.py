@@ -39,5 +39,6 @@ def find_end_of_turn(tokenizer) -> str | None:
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": words}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     after = text[text.rindex(words) + len(words) :].strip()
-    ends = [token for token in tokenizer.all_special_tokens if token and after.startswith(token)]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = [token for token in special.union(tokenizer.all_special_tokens) if after.startswith(token)]
     return max(ends, key=len, default=None)

@@ -1,0 +1,110 @@
+"""Asks a trained policy, and the model that it was trained from, several times, and shows what each reply would earn.
+
+python infer.py output                                            the questions of the held-out file, before and after
+python infer.py output --question 三十七加二十五等于几？ --ground_truth 六十二 --n 8
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rewards import compute_score
+from rows import UserError, check_prompt, read_json
+
+
+def load_policy(path: str, device: str | None = None):
+    """Model and tokenizer of a folder or hub id; a folder with a LoRA adapter gets its base model under it.
+
+    Raises:
+        UserError: there is no model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        if Path(path, "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no trained model there ({str(error).splitlines()[0]}).") from None
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def find_start(path: str) -> str:
+    """The model that the one in this folder was trained from; raises UserError where the folder doesn't say."""
+    results = Path(path, "train_results.json")
+    if not results.is_file():
+        raise UserError(f"{path}: no train_results.json there, so no run of train.py has come to its end in it.")
+    return json.loads(results.read_text("utf-8"))["model"]
+
+
+@torch.no_grad()
+def sample_scored(
+    model, tokenizer, messages: list[dict], ground_truth, data_source: str, n: int = 8, temperature: float = 1.0,
+    max_new_tokens: int = 64,
+) -> list[dict]:  # fmt: skip
+    """n sampled replies to one prompt, with what `compute_score` gives each (`score`, `acc`, `format`, ...)."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        num_return_sequences=n,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    sequences = model.generate(**inputs.to(model.device), generation_config=settings)
+    rows = []
+    for ids in sequences[:, inputs["input_ids"].shape[1] :]:
+        finished = bool((ids == tokenizer.eos_token_id).any())
+        reply = tokenizer.decode(ids, skip_special_tokens=True)
+        scores = compute_score(data_source, reply, ground_truth, {"finished": finished})
+        rows.append({"reply": reply, **scores})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the output folder of a run")
+    parser.add_argument("--question", help="one question; without it those of --file are asked")
+    parser.add_argument("--ground_truth", default="", help="its right answer")
+    parser.add_argument("--data_source", default="arithmetic", help="which rule of rewards.py judges it")
+    parser.add_argument("--file", default="cache_data/arithmetic/test.jsonl", help="prompts as train.py reads them")
+    parser.add_argument("--first", type=int, default=5, help="so many of the file's prompts")
+    parser.add_argument("--n", type=int, default=8, help="replies to each")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--demo", action="store_true", help="open the page instead")
+    args = parser.parse_args(argv)
+    policies = {"before": load_policy(find_start(args.model)), "after": load_policy(args.model)}
+    if args.demo:
+        from demo import build_comparison
+
+        build_comparison(policies["before"], policies["after"]).launch()
+        return
+    if args.question:
+        prompts = [([{"role": "user", "content": args.question}], args.ground_truth, args.data_source)]
+    else:
+        rows = [row for _, row, _ in read_json(args.file, "utf-8")]
+        prompts = [check_prompt(row) for row in rows[: args.first]]
+    for messages, ground_truth, data_source in prompts:
+        print(f"\n{messages[-1]['content']}  [{ground_truth}]")
+        for name, (model, tokenizer) in policies.items():
+            rows = sample_scored(model, tokenizer, messages, ground_truth, data_source, args.n, args.temperature)
+            mean = sum(row["score"] for row in rows) / len(rows)
+            print(f"  {name}: mean score {mean:.2f}")
+            for reply, count in sorted({(r["reply"], r["score"]): 0 for r in rows}.items()):
+                said, score = reply
+                count = sum(row["reply"] == said for row in rows)
+                print(f"    {count} x {said} [{score:.2f}]")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,152 @@
+"""One small Ray for all tests of a process, and runs of train.py in it on a tiny policy with random weights."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).parent.parent
+sys.path.insert(0, str(RECIPE))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cluster  # noqa: E402
+
+QUESTIONS = [f"{first}加{second}等于几？" for first in "一二三四五六七八" for second in "一二三四五六七八"]
+# A lesson that random weights can learn in a few steps: to begin with a certain word.
+REWARD = """
+def more_of_a_kind(data_source, solution_str, ground_truth, extra_info=None):
+    said = [character for character in solution_str if character.strip()]
+    return {"score": sum(character in "一二三四五六七八九十" for character in said) / max(len(said), 1), "acc": 0.0}
+"""
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make_policy(folder: Path, seed: int = 0, **changes) -> str:
+    """Saves a Qwen2 of 2 layers with random weights and the recipe's tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from tiny import train_tokenizer
+
+    tokenizer = train_tokenizer(QUESTIONS, vocab_size=400)
+    settings = {
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True},
+    }
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **(settings | changes), **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> str:
+    return make_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(policy_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(policy_folder)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> str:
+    rows = [{"prompt": question, "ground_truth": "八", "data_source": "arithmetic"} for question in QUESTIONS]
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def reward_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("reward") / "my_rewards.py"
+    path.write_text(REWARD, encoding="utf-8")
+    return f"{path}:more_of_a_kind"
+
+
+@pytest.fixture(scope="session")
+def ray_here(tmp_path_factory):
+    """Ray with two places, for as long as the tests last."""
+    with cluster.local_cluster(2, tmp_path_factory.mktemp("ray")):
+        yield
+
+
+@pytest.fixture
+def start(ray_here):
+    """Starts the workers of a role in a pool of their own; they end with the test."""
+    import ray
+    from verl.single_controller.ray import RayResourcePool
+
+    import engines
+
+    groups, pools = [], []
+
+    def start_here(model_args, args, reply_length: int = 8):
+        pools.append(RayResourcePool([args.nproc], use_gpu=cluster.ON_GPU, max_colocate_count=1))
+        policy, reference = engines.start_workers(pools[-1], model_args, args, reply_length)
+        groups.append(policy)
+        return policy, reference
+
+    def end():
+        for group in groups:
+            for worker in group.workers:
+                ray.kill(worker)
+        for pool in pools:
+            for placement_group in pool.pgs or []:
+                ray.util.remove_placement_group(placement_group)
+        groups.clear()
+        pools.clear()
+
+    start_here.end = end
+    yield start_here
+    end()
+
+
+@pytest.fixture
+def read_flags(monkeypatch, policy_folder, data_file, reward_file, tmp_path):
+    """The three groups of arguments for a short run, with changes."""
+    from arguments import read_flags
+
+    def read(**changes):
+        flags = {
+            **{"model_name_or_path": policy_folder, "data_path": data_file, "reward_function": reward_file},
+            **{"output_dir": str(tmp_path / "output"), "max_prompt_length": 64, "max_response_length": 8},
+            **{"total_training_steps": 4, "train_batch_size": 4, "ppo_mini_batch_size": 2, "rollout_n": 4, "nproc": 2},
+            **{"learning_rate": 1e-3, "val_n": 2, "test_freq": 100, "save_freq": 2, "logging_steps": 100},
+            **{"validation_split": 0.1},
+        } | changes
+        words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        return read_flags()
+
+    return read
+
+
+@pytest.fixture
+def run_train(monkeypatch, start, read_flags):
+    """train.main() in this process and in the tests' Ray; returns the output folder."""
+    import train
+
+    @contextlib.contextmanager
+    def tests_cluster(processes, output_dir):
+        yield None
+
+    def run(**changes) -> Path:
+        _, _, args = read_flags(**changes)
+        monkeypatch.setattr(train, "local_cluster", tests_cluster)
+        monkeypatch.setattr(train, "start_workers", lambda pool, model, args, length: start(model, args, length))
+        try:
+            train.main()
+        finally:
+            start.end()
+        return Path(args.output_dir)
+
+    return run

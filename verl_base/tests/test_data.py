@@ -1,0 +1,205 @@
+"""Tasks, rows, prompts, rewards: what is asked, and what counts as right."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import QUESTIONS, make_policy, write_rows
+from data import collate_prompts, load_prompts, load_split, prompts_of_draw
+from model import find_end_of_turn, load_policy_tokenizer
+from prepare import add, make_arithmetic, subtract, to_chinese
+from rewards import compute_score
+from rows import UserError
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "零"), (7, "七"), (10, "十"), (14, "十四"), (40, "四十"), (99, "九十九")]
+    + [(100, "一百"), (105, "一百零五"), (110, "一百一十"), (198, "一百九十八")],
+)
+def test_numbers_are_written_out(number, text):
+    assert to_chinese(number) == text
+
+
+def test_worked_replies_are_right_and_well_formed():
+    assert add(37, 25) == ("三十七加二十五等于几？", "七加五得十二，三加二进一得六，答案：六十二", "六十二")
+    assert subtract(92, 48) == ("九十二减四十八等于几？", "十二减八得四，九借一减四得四，答案：四十四", "四十四")
+    problems = make_arithmetic()
+    for question, reply, answer in problems["sft"][:300]:
+        x, y = question.removesuffix("等于几？").split("加" if "加" in question else "减")
+        numbers = {to_chinese(number): number for number in range(200)}
+        assert numbers[answer] == (numbers[x] + numbers[y] if "加" in question else numbers[x] - numbers[y])
+        assert compute_score("arithmetic", reply, answer)["score"] == pytest.approx(1.1)
+
+
+def test_no_problem_stands_in_two_files():
+    questions = {name: {question for question, _, _ in rows} for name, rows in make_arithmetic().items()}
+    assert {name: len(found) for name, found in questions.items()} == {"test": 256, "sft": 4000, "train": 8000}
+    assert not questions["test"] & questions["train"] | questions["test"] & questions["sft"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("七加五得十二，三加二进一得六，答案：六十二", 1.1),
+        ("答案：六十二", 1.1),
+        ("七加五得十二，答案：六十三", 0.1),
+        ("答案：六十二。", 0.0),  # something follows the number
+        ("答案：六十三，答案：六十二", 0.0),  # two answers are none
+        ("六十二", 0.0),
+        ("", 0.0),
+        ("想" * 30 + "答案：六十二", 1.1 - 0.04),  # four characters over the limit
+    ],
+)
+def test_reward_of_a_sum(reply, score):
+    assert compute_score("arithmetic", reply, "六十二")["score"] == pytest.approx(score)
+
+
+def test_reward_of_a_cut_off_reply_and_of_a_saying():
+    assert compute_score("arithmetic", "答案：六十", "六十", {"finished": False})["score"] == 0
+    assert compute_score("xiehouyu", "费力不讨好", "费力不讨好")["score"] == pytest.approx(1.1)
+    assert compute_score("xiehouyu", "费力", "费力不讨好")["score"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "一加一等于几？"}, "no ground_truth"),
+        ({"prompt": "", "ground_truth": "二"}, "the text is empty"),
+        ({"prompt": 5, "ground_truth": "二"}, "prompt is a text, or a list of messages"),
+        ({"prompt": [{"role": "robot", "content": "一"}], "ground_truth": "二"}, "unknown role 'robot'"),
+        ({"prompt": [{"role": "assistant", "content": "一"}], "ground_truth": "二"}, "must be the user's"),
+        ({"prompt": "一" * 100, "ground_truth": "二"}, "tokens, more than --max_prompt_length 64"),
+        ([1, 2], "a row is a JSON object"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, tokenizer, row, reason):
+    good = {"prompt": "一加一等于几？", "ground_truth": "二"}
+    path = write_rows(tmp_path / "my.jsonl", [good, row])
+    with pytest.raises(UserError, match="1 bad rows") as error:
+        load_prompts(path, tokenizer, 64, None)
+    assert f"{path}:2: " in str(error.value) and reason in str(error.value)
+    prompts = load_prompts(path, tokenizer, 64, tmp_path / "out" / "bad_rows.jsonl")
+    assert [prompt.ground_truth for prompt in prompts] == ["二"]
+    bad = json.loads((tmp_path / "out" / "bad_rows.jsonl").read_text("utf-8"))
+    assert bad["source"] == f"{path}:2" and reason in bad["reason"]
+
+
+def test_verls_rows_and_gb18030_are_read(tmp_path, tokenizer):
+    row = {
+        "data_source": "arithmetic",
+        "prompt": [{"role": "system", "content": "你会算术。"}, {"role": "user", "content": "一加一等于几？"}],
+        "reward_model": {"style": "rule", "ground_truth": "二"},
+        "extra_info": {"index": 3},
+    }
+    (tmp_path / "my.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="gb18030")
+    (prompt,) = load_prompts(str(tmp_path / "my.jsonl"), tokenizer, 64, None)
+    assert (prompt.ground_truth, prompt.data_source, prompt.extra_info) == ("二", "arithmetic", {"index": 3})
+    text = tokenizer.decode(prompt.input_ids)
+    assert text == (
+        "<|im_start|>system\n你会算术。<|im_end|>\n<|im_start|>user\n一加一等于几？<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_held_out_prompts_are_not_learned_from(tmp_path, tokenizer, read_flags):
+    rows = [{"prompt": question, "ground_truth": "二"} for question in QUESTIONS]
+    train, test = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[:5])
+    _, data_args, _ = read_flags(data_path=train, eval_data_path=test, validation_split=None)
+    prompts, held_out = load_split(data_args, tokenizer, 1, str(tmp_path))
+    assert len(held_out) == 5 and len(prompts) == len(rows) - 5
+    _, data_args, _ = read_flags(data_path=train, validation_split=0.25)
+    prompts, held_out = load_split(data_args, tokenizer, 1, str(tmp_path))
+    asked = {prompt.messages[0]["content"] for prompt in prompts}
+    assert len(held_out) == 16 and not asked & {prompt.messages[0]["content"] for prompt in held_out}
+
+
+def test_each_epoch_draws_every_prompt_once(data_file, tokenizer):
+    prompts = load_prompts(data_file, tokenizer, 64, None)
+    drawn = [prompt.source for draw in range(8) for prompt in prompts_of_draw(prompts, draw, 16, seed=3)]
+    first, second = drawn[:64], drawn[64:]
+    assert sorted(first) == sorted(second) == sorted(prompt.source for prompt in prompts)
+    assert first != second
+    crossing = prompts_of_draw(prompts[:10], 1, 8, seed=3)  # two of the first epoch, six of the second
+    assert len({prompt.source for prompt in crossing[2:]}) == 6
+
+
+def test_prompts_are_padded_on_the_left(tmp_path, tokenizer):
+    rows = [{"prompt": text, "ground_truth": "二"} for text in ("一加一等于几？", "一加一加一加一等于几？")]
+    prompts = load_prompts(write_rows(tmp_path / "my.jsonl", rows), tokenizer, 64, None)
+    batch = collate_prompts(prompts, tokenizer.pad_token_id).batch
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["input_ids"][0, -lengths[0] :].tolist() == prompts[0].input_ids
+    assert np.unique(batch["input_ids"][0, : -lengths[0]]).tolist() == [tokenizer.pad_token_id]
+
+
+def test_eos_is_what_ends_a_turn(tmp_path, tokenizer, read_flags):
+    assert find_end_of_turn(tokenizer) == "<|im_end|>"
+    folder = make_policy(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    config["eos_token"] = "<|endoftext|>"  # as base models come
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    model_args, _, _ = read_flags(model_name_or_path=folder)
+    assert load_policy_tokenizer(model_args).eos_token == "<|im_end|>"
+
+
+def test_saved_tokenizer_is_the_one_that_was_trained(tmp_path):
+    from transformers import AutoTokenizer
+
+    from tiny import train_tokenizer
+
+    trained = train_tokenizer(QUESTIONS, vocab_size=400)
+    trained.save_pretrained(tmp_path)
+    text = "<|im_start|>user\n三加二五等于几？<|im_end|>"
+    ids = trained(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids
+    assert [trained.decode([token]) for token in ids][3:7] == ["三", "加", "二", "五"]
+
+
+def test_models_that_cannot_be_used(tmp_path, read_flags):
+    model_args, _, _ = read_flags(model_name_or_path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no model could be read there"):
+        load_policy_tokenizer(model_args)
+    folder = make_policy(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    model_args, _, _ = read_flags(model_name_or_path=folder)
+    with pytest.raises(UserError, match="no chat template"):
+        load_policy_tokenizer(model_args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_n": 1}, "compared with the others of its group"),
+        ({"rollout_n": 0}, "compared with the others of its group"),
+        ({"temperature": 0}, "--temperature 0"),
+        ({"algorithm": "ppo2"}, "known are grpo"),
+        ({"train_batch_size": 6, "ppo_mini_batch_size": 4}, "not a multiple"),
+        ({"train_batch_size": 6, "ppo_mini_batch_size": 3}, "2 processes evenly"),
+        ({"lora_r": 4}, "--lora_r has no effect without --use_lora"),
+        ({"total_training_steps": 0}, "must be at least 1"),
+        ({"eval_data_path": "x.jsonl"}, "--validation_split has no effect"),
+        ({"num_generations": 8}, "num_generations"),
+    ],
+)
+def test_flags_that_cannot_work(read_flags, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_flags(**changes)
+
+
+def test_more_workers_than_cores(read_flags, tmp_path):
+    from cluster import local_cluster
+
+    with pytest.raises(UserError, match="500 processes asked for"), local_cluster(500, tmp_path):
+        pass
+
+
+def test_flags_from_a_file(monkeypatch, tmp_path):
+    from arguments import read_flags
+
+    (tmp_path / "my.yaml").write_text("algorithm: dapo\ntrain_batch_size: 64\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "my.yaml")])
+    _, _, args = read_flags()
+    assert (args.algorithm, args.train_batch_size, args.clip_ratio_high, args.kl_loss_coef) == ("dapo", 64, 0.28, 0)

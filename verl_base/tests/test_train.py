@@ -1,0 +1,96 @@
+"""train.py: it learns, says what it did, goes on exactly where it was stopped, and refuses what isn't its own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import write_rows
+from rows import UserError
+
+
+def read_history(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "history.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_reward_rises_and_the_report_says_so(run_train, capsys):
+    output = run_train(
+        total_training_steps=25,
+        learning_rate=1e-2,
+        train_batch_size=8,
+        ppo_mini_batch_size=4,
+        rollout_n=8,
+        test_freq=10,
+    )
+    history = read_history(output)
+    rewards = [row["reward"] for row in history if "reward" in row]
+    assert len(rewards) == 25 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
+    assert [row["step"] for row in history if "pass@1" in row] == [0, 10, 20, 25]
+    first = next(row for row in history if "reward" in row)
+    assert first["kl"] < 0.05 < [row["kl"] for row in history if "kl" in row][-1]
+    assert first["entropy"] == pytest.approx(5.7, abs=0.3)  # ln 297, of random weights
+    results = json.loads((output / "train_results.json").read_text("utf-8"))
+    assert results["before"]["step"] == 0 and results["after"]["step"] == 25 and results["skipped_updates"] == 0
+    for name in ("reward.png", "samples.jsonl", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert (output / name).stat().st_size > 0
+    screen = capsys.readouterr().out
+    assert "64 to learn from" not in screen and "58 to learn from, 6 held out" in screen
+    assert "first prompt    '<|im_start|>user\\n" in screen and "held out after step 25" in screen
+
+
+def test_resumed_run_equals_one_that_was_never_stopped(run_train, capsys, tmp_path):
+    flags = {"total_training_steps": 5, "save_freq": 2, "algorithm": "dapo", "lr_warmup_steps": 2, "ppo_epochs": 2}
+    whole = run_train(**flags)
+    kept = tmp_path / "whole"
+    shutil.copytree(whole, kept)
+    for name in ("train_results.json", "history.jsonl", "model.safetensors"):
+        (whole / name).unlink()
+    torn = whole / "checkpoint-5" / "policy" / "model_world_size_2_rank_1.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    capsys.readouterr()
+    run_train(**flags)
+    screen = capsys.readouterr().out
+    assert "checkpoint-5 is torn" in screen and f"resuming from {whole}/checkpoint-4" in screen
+    before, after = load_file(kept / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    measured = ("seconds", "replies_per_second", "memory_gb")
+    first, second = (
+        [{k: v for k, v in row.items() if k not in measured} for row in read_history(x)] for x in (kept, whole)
+    )
+    assert first == second
+    run_train(**flags)
+    assert "nothing is left to train" in capsys.readouterr().out
+    with pytest.raises(UserError, match="learning_rate was 0.001, is 0.002"):
+        run_train(**flags, learning_rate=2e-3)
+
+
+def test_failing_rewards_end_the_run_or_are_left_out(run_train, tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(
+        "import random\n\n\ndef score(solution_str, **_):\n"
+        "    if len(solution_str) % 3 == 0:\n        raise RuntimeError('judge is down')\n    return random.random()\n"
+    )
+    flags = {"reward_function": f"{path}:score", "total_training_steps": 1, "train_batch_size": 8}
+    with pytest.raises(UserError, match="judge is down"):
+        run_train(**flags)
+    output = run_train(**flags, skip_bad_rewards="true", overwrite_output_dir="true")
+    results = json.loads((output / "train_results.json").read_text("utf-8"))
+    assert 0 < results["bad_rewards"] < 32 and results["skipped_updates"] == 0
+
+
+def test_equal_rewards_teach_nothing_and_are_counted(run_train, tmp_path, policy_folder):
+    path = tmp_path / "my_rewards.py"
+    path.write_text("def score(**_):\n    return 1.0\n")
+    output = run_train(reward_function=f"{path}:score", total_training_steps=2, algorithm="dapo", max_num_gen_batches=2)
+    results = json.loads((output / "train_results.json").read_text("utf-8"))
+    assert results["equal_groups"] == 8
+    before, after = load_file(f"{policy_folder}/model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bad_rows_stop_the_run_before_any_worker_starts(run_train, tmp_path):
+    path = write_rows(tmp_path / "my.jsonl", [{"prompt": "一加一等于几？"}])
+    with pytest.raises(UserError, match=rf"{path}:1: no ground_truth"):
+        run_train(data_path=path)

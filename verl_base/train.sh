@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# GRPO on verl, Ray and FSDP2, on this machine: on all GPUs, or on NPROC CPU processes (2) where there is none.
+#
+#   bash train.sh                                           the tiny model learns to calculate
+#   bash train.sh --algorithm dapo                          or rloo, reinforce_plus_plus
+#   DATA=xiehouyu bash train.sh                             the second sample task
+#   MODEL=Qwen/Qwen2.5-1.5B-Instruct DATA=my_prompts.jsonl bash train.sh --reward_function my_rewards.py:score
+#   GPUS=0,1 bash train.sh                                  on these GPUs
+set -euo pipefail
+cd "$(dirname "$0")"
+[[ -n "${GPUS:-}" ]] && export CUDA_VISIBLE_DEVICES=$GPUS
+
+data=(--data_path "${DATA:-arithmetic}")
+if [[ "${DATA:-arithmetic}" == arithmetic || "${DATA:-}" == xiehouyu ]]; then
+    python prepare.py "${DATA:-arithmetic}"
+    folder=cache_data/${DATA:-arithmetic}
+    data=(--data_path "$folder/train.jsonl" --eval_data_path "$folder/test.jsonl" --max_response_length 32)
+fi
+recipe=()
+if [[ -z "${MODEL:-}" ]]; then
+    recipe=(--total_training_steps 180 --learning_rate 4e-4) # half a million parameters bear large steps
+fi
+set -x
+exec python train.py \
+    --model_name_or_path "${MODEL:-tiny}" \
+    "${data[@]}" \
+    --output_dir "${OUTPUT:-output}" \
+    ${NPROC:+--nproc "$NPROC"} \
+    "${recipe[@]}" \
+    "$@"
