@@ -6,6 +6,7 @@ that, three places expect an accelerator and are replaced at the end of this fil
 
 import contextlib
 import os
+import socket
 import types
 from datetime import timedelta
 
@@ -111,8 +112,15 @@ def init_gloo(timeout_second: float | None = None) -> tuple[int, int, int]:
     """
     local_rank, rank, world_size = (int(os.environ.get(key, 0)) for key in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if not torch.distributed.is_initialized():
-        timeout = timedelta(seconds=timeout_second) if timeout_second else None
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+        timeout = timedelta(seconds=timeout_second or 1800)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        listener = None
+        if rank == 0:  # torch's own store would listen on every interface
+            listener = socket.create_server((address, port)).detach()
+        store = torch.distributed.TCPStore(
+            address, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener
+        )
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return local_rank, rank, world_size
 
 

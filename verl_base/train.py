@@ -176,5 +176,8 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except ray.exceptions.RayError as error:
         sys.exit(f"error: a worker failed, so the run ended: {error}")

@@ -7,9 +7,21 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import torch_functional
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
+
+
+def log_probs_of_labels(logits, labels):
+    """Log-probabilities of the labels, for all tokens in one call: logits [tokens, vocabulary], labels [tokens].
+
+    Where FlashAttention's cross-entropy isn't installed, verl takes one call, and one node of the graph, a token.
+    """
+    return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+torch_functional.logprobs_from_logits_v2 = log_probs_of_labels
 
 
 class RecordLogProbs(LogitsProcessor):
