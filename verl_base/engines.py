@@ -19,6 +19,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
+from shared_prompt import MODEL_TYPE
 from workers import PolicyWorker
 
 
@@ -27,13 +28,14 @@ def worker_config(model_args, args, trained: bool) -> TrainingWorkerConfig:
     precision = "bf16" if args.bf16 else "fp32"
     lora = trained and model_args.use_lora
     targets = model_args.target_modules
+    flash = model_args.attn_implementation == "flash_attention_2"  # verl packs sequences for it
     return TrainingWorkerConfig(
-        model_type="language_model",
+        model_type="language_model" if flash or model_args.gradient_checkpointing else MODEL_TYPE,
         model_config=HFModelConfig(
             path=model_args.model_name_or_path,
             trust_remote_code=model_args.trust_remote_code,
             load_tokenizer=False,
-            use_remove_padding=model_args.attn_implementation == "flash_attention_2",
+            use_remove_padding=flash,
             enable_gradient_checkpointing=model_args.gradient_checkpointing,
             override_config={"attn_implementation": model_args.attn_implementation},
             lora_rank=model_args.lora_r if lora else 0,
@@ -102,15 +104,15 @@ def start_workers(pool, model_args, args, reply_length: int) -> tuple[RayWorkerG
     return spawned["policy"], spawned.get("reference")
 
 
-def without_padding(batch: DataProto, temperature: float):
+def without_padding(batch: DataProto, args):
     """The batch in the form of verl's engines: each sequence as long as it is, in one nested tensor."""
-    batch.meta_info["temperature"] = temperature
+    batch.meta_info |= {"temperature": args.temperature, "force_group_size": args.rollout_n}
     return left_right_2_no_padding(batch.to_tensordict())
 
 
-def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, temperature: float, **options):
+def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, args, **options):
     """Log-probabilities [replies, reply length] that a group of workers gives to the replies of a batch."""
-    data = without_padding(batch, temperature)
+    data = without_padding(batch, args)
     tu.assign_non_tensor(data, calculate_entropy=False, compute_loss=False, **options)
     output = workers.infer_batch(data).get()
     return no_padding_2_padding(tu.get(output, "log_probs"), data).float()
@@ -118,7 +120,7 @@ def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, temperature: fl
 
 def update_policy(policy: RayWorkerGroup, batch: DataProto, args, step: int) -> dict[str, list]:
     """One optimizer step for each mini-batch, `ppo_epochs` times over the batch; returns verl's metrics."""
-    data = without_padding(batch, args.temperature)
+    data = without_padding(batch, args)
     replies = args.ppo_mini_batch_size * args.rollout_n
     tu.assign_non_tensor(
         data,
@@ -127,7 +129,7 @@ def update_policy(policy: RayWorkerGroup, batch: DataProto, args, step: int) -> 
         mini_batch_size=replies,
         epochs=args.ppo_epochs,
         seed=args.seed + step,
-        dataloader_kwargs={"shuffle": args.ppo_epochs > 1},
+        dataloader_kwargs={"shuffle": False},  # the replies to a prompt stay together
         compute_loss=True,
     )
     return tu.get(policy.train_mini_batch(data).get(), "metrics")

@@ -41,7 +41,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     right, well_formed = rule(reply, ground_truth)
     if extra_info and not extra_info.get("finished", True):
         right = well_formed = 0.0
-    excess = -LENGTH_COST * max(0, len(reply) - LENGTH_LIMIT)
+    excess = LENGTH_COST * min(0, LENGTH_LIMIT - len(reply))
     return {
         "score": right + FORMAT_REWARD * well_formed + excess,
         "acc": right,

@@ -73,11 +73,11 @@ def collect_step(policy, prompts: list, draw: int, tokenizer, reward_function, d
 def take_step(policy, reference, rollout, judged, model_args, args, step: int) -> dict[str, float]:
     """Learns from a step's replies and says how it went."""
     if args.recompute_log_probs:
-        rollout.batch["old_log_probs"] = compute_log_probs(policy, rollout, args.temperature)
+        rollout.batch["old_log_probs"] = compute_log_probs(policy, rollout, args)
     if reference is not None:
-        rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args.temperature)
+        rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args)
     elif args.kl_loss_coef > 0:
-        rollout.batch["ref_log_prob"] = compute_log_probs(policy, rollout, args.temperature, no_lora_adapter=True)
+        rollout.batch["ref_log_prob"] = compute_log_probs(policy, rollout, args, no_lora_adapter=True)
     add_advantages(rollout, judged, ALGORITHMS[args.algorithm]["adv_estimator"])
     metrics = rollout_statistics(rollout, judged)
     learned = update_policy(policy, rollout, args, step)

@@ -1,27 +1,14 @@
 """What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
 
-import contextlib
-
 import torch
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.utils import torch_functional
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-
-def log_probs_of_labels(logits, labels):
-    """Log-probabilities of the labels, for all tokens in one call: logits [tokens, vocabulary], labels [tokens].
-
-    Where FlashAttention's cross-entropy isn't installed, verl takes one call, and one node of the graph, a token.
-    """
-    return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-
-
-torch_functional.logprobs_from_logits_v2 = log_probs_of_labels
+from shared_prompt import read_prompts, unsharded  # and with it, the engine is registered
 
 
 class RecordLogProbs(LogitsProcessor):
@@ -43,21 +30,6 @@ class RecordLogProbs(LogitsProcessor):
             self.log_probs.append(self.distribution.gather(-1, input_ids[:, -1:]))
 
 
-@contextlib.contextmanager
-def unsharded(model):
-    """All of FSDP2's units gathered once; inside, ranks may run forward as often as each needs, without collectives."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(True, recurse=False)
-
-
 @torch.no_grad()
 def sample_replies(model, input_ids, attention_mask, n: int, settings: GenerationConfig, temperature: float):
     """n replies to each prompt; a prompt's keys and values are computed once and then shared by its n replies.
@@ -69,17 +41,7 @@ def sample_replies(model, input_ids, attention_mask, n: int, settings: Generatio
         Tokens [prompts * n, reply length] and their log-probabilities at that temperature; a prompt's replies follow
         one another.
     """
-    cache = DynamicCache(config=model.config)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    model(
-        input_ids=input_ids[:, :-1],
-        attention_mask=attention_mask[:, :-1],
-        position_ids=position_ids[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(n)
+    cache = read_prompts(model, input_ids, attention_mask, n)
     recorder = RecordLogProbs(temperature)
     sequences = model.generate(
         input_ids=input_ids.repeat_interleave(n, 0),
@@ -96,7 +58,7 @@ class PolicyWorker(TrainingWorker):
     """TrainingWorker and the two things that it lacks for reinforcement learning: rollouts and a model to take away.
 
     Args:
-        model_path: where the tokenizer is, whose EOS ends a reply.
+        tokenizer_path: where the tokenizer is, whose EOS ends a reply.
         reply_length: every reply has so many places; what comes after its EOS is padding and masked out.
     """
 

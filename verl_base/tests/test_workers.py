@@ -54,10 +54,11 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
         expected = plain_log_probs(model, rollout.batch)
     torch.testing.assert_close(rollout.batch["old_log_probs"], expected, atol=1e-5, rtol=0)
     for workers in (policy, reference):
-        given = compute_log_probs(workers, rollout, 1.0) * mask
+        given = compute_log_probs(workers, rollout, args) * mask
         torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
-    hot = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=2.0, seed=1)
-    recomputed = compute_log_probs(policy, hot, 2.0) * hot.batch["response_mask"]
+    hot = sample(policy, prompts[:2], tokenizer.pad_token_id, 4, temperature=2.0, seed=1)
+    args.temperature = 2.0
+    recomputed = compute_log_probs(policy, hot, args) * hot.batch["response_mask"]
     torch.testing.assert_close(hot.batch["old_log_probs"], recomputed, atol=1e-5, rtol=0)
     odd = sample(policy, prompts[:3], tokenizer.pad_token_id, 2, temperature=1.0, seed=1)  # 3 prompts, 2 ranks
     assert [tokenizer.decode(ids) for ids in odd.batch["prompts"][::2]][2].endswith("assistant\n") and len(odd) == 6
@@ -120,8 +121,8 @@ def test_lora_learns_adapters_only(start, read_flags, rollout_file, policy_folde
     mask = rollout.batch["response_mask"]
     metrics = update_policy(policy, rollout, args, step=1)
     assert len(metrics["grad_norm"]) == 3 and min(metrics["grad_norm"]) > 0
-    after = compute_log_probs(policy, rollout, 1.0) * mask
-    base = compute_log_probs(policy, rollout, 1.0, no_lora_adapter=True) * mask
+    after = compute_log_probs(policy, rollout, args) * mask
+    base = compute_log_probs(policy, rollout, args, no_lora_adapter=True) * mask
     torch.testing.assert_close(base, rollout.batch["old_log_probs"], atol=1e-5, rtol=0)
     assert (after - base).abs().max() > 1e-3
     policy.save_model(str(tmp_path / "adapter"))
