@@ -1,31 +1,40 @@
 # Each target is what you could type yourself. PYTHON=python3.12 make demo takes another Python for the environment.
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
+# verl_base has an environment of its own: its library pins an older transformers than the other recipes use.
+VERL = . .venv-verl/bin/activate
 
-.PHONY: demo test lint notebooks bench
+.PHONY: demo verl test lint notebooks bench
 
 demo: .venv/demo
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh
 	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --show 5 --at_least 18
 
+verl: .venv-verl/ready
+	$(VERL) && bash verl_base/train.sh
+	$(VERL) && cd verl_base && python infer.py output
+
 # The pages are clicked in real time, so their tests have the machine to themselves.
-test: .venv/test
+test: .venv/test .venv-verl/test
 	$(ACTIVATE) && python -m pytest tests
 	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_page.py
 	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
+	$(VERL) && cd verl_base && python -m pytest tests
 
 lint: .venv/test
 	$(ACTIVATE) && ruff check . && ruff format --check .
 
-notebooks: .venv/test
+notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_qwen
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_classifier
+	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
-bench: .venv/bench
+bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
+	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 
 .venv/demo: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,3 +49,17 @@ bench: .venv/bench
 .venv/bench: requirements-bench.txt .venv/demo
 	$(ACTIVATE) && pip install -r requirements-bench.txt
 	touch $@
+
+.venv-verl/ready: verl_base/requirements.txt
+	$(PYTHON) -m venv .venv-verl
+	$(VERL) && pip install -r verl_base/requirements.txt
+	$(VERL) && pip install --no-deps jionlp==1.5.31
+	touch $@
+
+.venv-verl/test: requirements-test.txt .venv-verl/ready
+	$(VERL) && pip install -r requirements-test.txt
+	touch $@
+
+# verl doesn't start where it can import TRL, so TRL stands beside its packages and is put on the path for its own runs.
+.venv-verl/bench: requirements-bench.txt .venv-verl/ready
+	$(VERL) && pip install --no-deps --target $@ -r requirements-bench.txt

@@ -1,14 +1,18 @@
 """GRPO, side by side: verl_base's train.py and TRL's GRPOTrainer, in verl_base's own environment.
 
-    make verl && . .venv-verl/bin/activate && pip install -r requirements-bench.txt
-    python benchmarks/bench_grpo.py                            about 10 minutes
+    make verl && . .venv-verl/bin/activate
+    pip install --no-deps --target .venv-verl/bench -r requirements-bench.txt
+    python benchmarks/bench_grpo.py --trl .venv-verl/bench     about 10 minutes
 
-Speed: both start from the recipe's tuned tiny policy and learn from the same prompts, 32 x 8 replies of up to 32 tokens a
-step in two optimizer steps, KL to a frozen reference, one thread, fp32, in a process (ours: a driver, a worker and Ray's
-own processes) of their own, taking turns. Counted are replies for each CPU second of all processes of a way together,
-from the fourth step on. The learning rate is so small that the replies keep their length.
+(verl doesn't start where it can import TRL, so TRL is installed aside and put on the path for its own runs only.)
 
-Losses: a rollout of ours is given to TRL's `_compute_loss`; then both learn from it with AdamW, mini-batch by mini-batch.
+Speed: both start from the same weights and learn from the same prompts, 32 x 8 replies of up to 32 tokens a step in two
+optimizer steps, KL to a frozen reference, fp32, one thread a process, taking turns. Counted are replies for each CPU
+second of all processes of a way together (ours: the driver, its workers, Ray), from the fourth step on. The learning
+rate is so small that the replies keep their length. Two models: the recipe's tuned tiny policy, and a larger one with
+random weights, whose replies are all cut off at 32 tokens.
+
+Losses: a rollout of ours is given to TRL's `_compute_loss`; both learn from it with AdamW, mini-batch by mini-batch.
 """
 
 import argparse
@@ -41,7 +45,33 @@ def cpu_seconds() -> float:
     return total
 
 
-def our_flags(output: str, processes: int, **changes):
+def make_models(output: str) -> dict[str, str]:
+    """Names and folders of the two models that are measured."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from tiny import tiny_policy_folder
+
+    tuned, larger = tiny_policy_folder("cache_data/arithmetic/train.jsonl", 42), f"{output}/larger"
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(larger)
+    tokenizer.save_pretrained(larger)
+    return {"tiny policy, 2 layers x 128": tuned, "random weights, 4 layers x 256, vocabulary 8192": larger}
+
+
+def our_flags(model: str, output: str, processes: int, **changes):
     """The recipe's arguments for this benchmark."""
     from arguments import read_flags
 
@@ -49,16 +79,13 @@ def our_flags(output: str, processes: int, **changes):
         **{"data_path": "cache_data/arithmetic/train.jsonl", "eval_data_path": "cache_data/arithmetic/test.jsonl"},
         **{"train_batch_size": PROMPTS, "rollout_n": GROUP, "ppo_mini_batch_size": PROMPTS // 2, "nproc": processes},
         **{"max_response_length": LENGTH, "learning_rate": 1e-7, "kl_loss_coef": 0.001, "output_dir": output},
+        **{"model_name_or_path": model},
     } | changes
     sys.argv = ["train.py", *[word for name, value in flags.items() for word in (f"--{name}", str(value))]]
-    model_args, data_args, args = read_flags()
-    from tiny import tiny_policy_folder
-
-    model_args.model_name_or_path = tiny_policy_folder(data_args.data_path, args.seed)
-    return model_args, data_args, args
+    return read_flags()
 
 
-def measure_ours(steps: int, processes: int, output: str) -> dict:
+def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     """Steps of train.py as its driver makes them."""
     from cluster import local_cluster
     from data import load_split
@@ -67,7 +94,7 @@ def measure_ours(steps: int, processes: int, output: str) -> dict:
     from rewards import compute_score
     from train import collect_step, take_step
 
-    model_args, data_args, args = our_flags(output, processes)
+    model_args, data_args, args = our_flags(model, output, processes)
     tokenizer = load_policy_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     lengths = []
@@ -82,7 +109,7 @@ def measure_ours(steps: int, processes: int, output: str) -> dict:
     return {"replies": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
 
 
-def build_trl(model_args, data_args, args, prompts: list, output: str, steps: int, learning_rate: float = 1e-7):
+def build_trl(model_args, args, prompts: list, output: str, steps: int):
     """TRL's trainer with the same settings; the same prompts in the same order of steps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -109,8 +136,9 @@ def build_trl(model_args, data_args, args, prompts: list, output: str, steps: in
         top_k=0,
         beta=0.001,
         epsilon=0.2,
+        delta=3.0,  # verl's clip_ratio_c
         loss_type="bnpo",  # the mean over the tokens of a mini-batch, as verl's token-mean
-        learning_rate=learning_rate,
+        learning_rate=1e-7,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_steps=2 * steps,
@@ -131,16 +159,16 @@ def build_trl(model_args, data_args, args, prompts: list, output: str, steps: in
     )
 
 
-def measure_trl(steps: int, output: str) -> dict:
+def measure_trl(model: str, steps: int, output: str) -> dict:
     """`trainer.train()`, from its fourth generation on."""
     from transformers import TrainerCallback
 
     from data import load_split
     from model import load_policy_tokenizer
 
-    model_args, data_args, args = our_flags(output, 1)
+    model_args, data_args, args = our_flags(model, output, 1)
     prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
-    trainer = build_trl(model_args, data_args, args, prompts, output, WARM_UP + steps)
+    trainer = build_trl(model_args, args, prompts, output, WARM_UP + steps)
     marks = {}
 
     class Clock(TrainerCallback):
@@ -160,8 +188,8 @@ def measure_trl(steps: int, output: str) -> dict:
     }
 
 
-def compare_losses(output: str, learning_rate: float = 1e-4) -> list[tuple[float, float]]:
-    """Losses of ours and of TRL's, mini-batch by mini-batch of one rollout, both learning from each."""
+def save_our_losses(model: str, output: str) -> list[float]:
+    """A rollout, kept in a file, and our loss on each of its mini-batches, learning from one after the other."""
     import torch
 
     from cluster import local_cluster
@@ -172,21 +200,35 @@ def compare_losses(output: str, learning_rate: float = 1e-4) -> list[tuple[float
     from rollout import add_advantages
     from train import collect_step
 
-    model_args, data_args, args = our_flags(output, 1, learning_rate=learning_rate, ppo_mini_batch_size=8)
+    flags = model_args, data_args, args = our_flags(model, output, 1, learning_rate=1e-4, ppo_mini_batch_size=8)
     tokenizer = load_policy_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     with local_cluster(1, output) as pool:
         policy, reference = start_workers(pool, model_args, args, LENGTH)
-        rollout, judged, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, data_args, args)
+        rollout, judged, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, *flags[1:])
         rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args) - 0.01  # as if it had moved on
         add_advantages(rollout, judged, "grpo")
-        ours = update_policy(policy, rollout, args, step=1)["loss"]
-    trainer = build_trl(model_args, data_args, args, prompts, output, 1)
+        torch.save(dict(rollout.batch.items()), f"{output}/rollout.pt")
+        return update_policy(policy, rollout, args, step=1)["loss"]
+
+
+def compute_trl_losses(model: str, output: str) -> list[float]:
+    """TRL's loss on the same mini-batches, learning from one after the other by the same optimizer."""
+    import torch
+
+    from data import load_split
+    from model import load_policy_tokenizer
+
+    model_args, data_args, args = our_flags(model, output, 1)
+    prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
+    trainer = build_trl(model_args, args, prompts, output, 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=learning_rate, weight_decay=0.0)
-    theirs, width = [], rollout.batch["prompts"].shape[1]
-    for part in rollout.batch.split(8 * GROUP):
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-4, weight_decay=0.0)
+    batch, losses = torch.load(f"{output}/rollout.pt"), []
+    width = batch["prompts"].shape[1]
+    for first in range(0, PROMPTS * GROUP, 8 * GROUP):
+        part = {name: values[first : first + 8 * GROUP] for name, values in batch.items()}
         inputs = {
             "prompt_ids": part["prompts"],
             "prompt_mask": part["attention_mask"][:, :width],
@@ -201,50 +243,67 @@ def compare_losses(output: str, learning_rate: float = 1e-4) -> list[tuple[float
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        theirs.append(loss.item())
-    return list(zip(ours, theirs, strict=True))
+        losses.append(loss.item())
+    return losses
 
 
-def run_apart(way: str, steps: int) -> dict:
-    """A way in a process of its own; raises CalledProcessError with what it said."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, __file__, "--way", way, "--steps", str(steps), "--output", output]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=RECIPE, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+def run_apart(way: str, model: str, steps: int, trl: str, output: str):
+    """A way in a process of its own, and what it prints as its last line; raises CalledProcessError."""
+    command = [sys.executable, __file__, "--way", way, "--model", model, "--steps", str(steps), "--output", output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if way.startswith("TRL"):
+        environment["PYTHONPATH"] = str(Path(trl).resolve())
+    run = subprocess.run(command, cwd=RECIPE, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(name: str, model: str, args, output: str) -> None:
+    """Runs all ways on a model and prints their table."""
+    found = {way: [] for way in WAYS}
+    for _ in range(args.rounds):
+        for way in WAYS:
+            found[way].append(run_apart(way, model, args.steps, args.trl, output))
+            print(way, found[way][-1], flush=True)
+    speeds = {way: statistics.median(run["replies"] / run["cpu"] for run in runs) for way, runs in found.items()}
+    print(f"\n{name}\n\n| way | replies / CPU second | x TRL's | replies / second | tokens a reply |")
+    print("|---|---|---|---|---|")
+    for way, runs in found.items():
+        wall = statistics.median(run["replies"] / run["seconds"] for run in runs)
+        length = statistics.mean(run["length"] for run in runs)
+        print(
+            f"| {way} | {speeds[way]:.0f} | {speeds[way] / speeds['TRL']:.2f} | {wall:.0f} | {length:.1f} |", flush=True
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", default=".venv-verl/bench", help="where TRL was installed")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are counted")
-    parser.add_argument("--way", choices=[*WAYS, "losses"], help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=15, help="steps that are counted")
+    for name in ("--way", "--model", "--output"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sys.path.insert(0, str(RECIPE))
     if args.way:
-        sys.path.insert(0, str(RECIPE))
-        os.chdir(RECIPE)
-        if args.way == "losses":
-            print(json.dumps(compare_losses(args.output)))
-        elif args.way == "TRL":
-            print(json.dumps(measure_trl(args.steps, args.output)))
-        else:
-            print(json.dumps(measure_ours(args.steps, 1 + ("2 workers" in args.way), args.output)))
-        return
-    subprocess.run([sys.executable, "prepare.py", "arithmetic"], cwd=RECIPE, check=True, stdout=subprocess.DEVNULL)
-    for number, (ours, theirs) in enumerate(run_apart("losses", 1), start=1):
-        print(f"update {number}: loss {ours:.7f}, TRL's {theirs:.7f}, difference {abs(ours - theirs):.1e}", flush=True)
-    found = {way: [] for way in WAYS}
-    for _ in range(args.rounds):
-        for way in WAYS:
-            found[way].append(run_apart(way, args.steps))
-            print(way, found[way][-1], flush=True)
-    speeds = {way: statistics.median(run["replies"] / run["cpu"] for run in runs) for way, runs in found.items()}
-    print("\n| way | replies / CPU second | x TRL's | replies / second | tokens a reply |\n|---|---|---|---|---|")
-    for way, runs in found.items():
-        wall = statistics.median(run["replies"] / run["seconds"] for run in runs)
-        length = statistics.mean(run["length"] for run in runs)
-        print(f"| {way} | {speeds[way]:.0f} | {speeds[way] / speeds['TRL']:.2f} | {wall:.0f} | {length:.1f} |")
+        result = {
+            "verl_base": lambda: measure_ours(args.model, args.steps, 1, args.output),
+            "verl_base, 2 workers": lambda: measure_ours(args.model, args.steps, 2, args.output),
+            "TRL": lambda: measure_trl(args.model, args.steps, args.output),
+            "losses": lambda: save_our_losses(args.model, args.output),
+            "TRL losses": lambda: compute_trl_losses(args.model, args.output),
+        }[args.way]()
+        return print(json.dumps(result))
+    args.trl = str(Path(args.trl).resolve())
+    os.chdir(RECIPE)
+    subprocess.run([sys.executable, "prepare.py", "arithmetic"], check=True, stdout=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as output:
+        models = make_models(output)
+        first = next(iter(models.values()))
+        both = [run_apart(way, first, 1, args.trl, output) for way in ("losses", "TRL losses")]
+        for number, (ours, theirs) in enumerate(zip(*both, strict=True), start=1):
+            print(f"update {number}: loss {ours:.7f}, TRL's {theirs:.7f}, difference {abs(ours - theirs):.1e}")
+        for name, model in models.items():
+            compare(name, model, args, output)
 
 
 if __name__ == "__main__":

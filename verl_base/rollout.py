@@ -93,12 +93,11 @@ def judge_replies(rollout: DataProto, prompts: list[Prompt], tokenizer, reward_f
     responses, mask = rollout.batch["responses"], rollout.batch["response_mask"].bool()
     n = len(responses) // len(prompts)
     ended = (responses == tokenizer.eos_token_id).logical_and(mask).any(1).tolist()
-    replies, results = [], []
-    for number, (ids, said) in enumerate(zip(responses, mask, strict=True)):
-        reply = tokenizer.decode(ids[said][:-1] if ended[number] else ids[said])
-        replies.append(reply)
+    said = [ids[here][: -1 if end else None] for ids, here, end in zip(responses, mask, ended, strict=True)]
+    replies, results = tokenizer.batch_decode(said), []
+    for number, (reply, finished) in enumerate(zip(replies, ended, strict=True)):
         try:
-            results.append(call_reward_function(reward_function, prompts[number // n], reply, ended[number]))
+            results.append(call_reward_function(reward_function, prompts[number // n], reply, finished))
         except UserError as error:
             if not skip_bad:
                 raise
@@ -123,12 +122,13 @@ def add_advantages(rollout: DataProto, judged: Judged, adv_estimator: str) -> No
     numbers = np.arange(len(judged.scores))
     n = len(numbers) // len(judged.prompts)
     index = np.where(bad, -1 - numbers, numbers // n)
-    rewards = torch.zeros(mask.shape)
-    rewards[numbers, judged.lengths - 1] = torch.from_numpy(np.nan_to_num(judged.scores)).float()
+    # In double precision, since the rounding of a mean of equal scores is large beside their standard deviation of 0.
+    rewards = torch.zeros(mask.shape, dtype=torch.float64)
+    rewards[numbers, judged.lengths - 1] = torch.from_numpy(np.nan_to_num(judged.scores))
     advantages, returns = get_adv_estimator_fn(adv_estimator)(
         token_level_rewards=rewards, response_mask=mask, index=index, config=AlgoConfig(adv_estimator=adv_estimator)
     )
-    rollout.batch["advantages"], rollout.batch["returns"] = advantages, returns
+    rollout.batch["advantages"], rollout.batch["returns"] = advantages.float(), returns.float()
 
 
 def find_equal_groups(judged: Judged) -> np.ndarray:

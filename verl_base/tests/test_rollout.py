@@ -84,6 +84,12 @@ def test_grpo_advantages_by_hand(tokenizer):
     torch.testing.assert_close(rollout.batch["advantages"], expected * rollout.batch["response_mask"])
 
 
+def test_equal_scores_give_no_advantage(tokenizer):
+    rollout, judged = judge(tokenizer, [1.1] * 6 + [0.1] * 6)
+    add_advantages(rollout, judged, "grpo")
+    assert rollout.batch["advantages"].abs().max() < 1e-6
+
+
 def test_rloo_advantages_by_hand(tokenizer):
     scores = [1.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1.0, 1.0]
     rollout, judged = judge(tokenizer, scores)
