@@ -4,6 +4,8 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -68,6 +70,7 @@ def local_cluster(processes: int, output_dir: str | Path):
                 logging_level="error",
                 _temp_dir=str(link),
             )
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after init, which takes the signal for itself
             yield RayResourcePool([processes], use_gpu=ON_GPU, max_colocate_count=1)
         finally:
             ray.shutdown()

@@ -6,6 +6,7 @@ python infer.py output --question 三十七加二十五等于几？ --ground_tru
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -97,10 +98,8 @@ def main(argv: list[str] | None = None) -> None:
             rows = sample_scored(model, tokenizer, messages, ground_truth, data_source, args.n, args.temperature)
             mean = sum(row["score"] for row in rows) / len(rows)
             print(f"  {name}: mean score {mean:.2f}")
-            for reply, count in sorted({(r["reply"], r["score"]): 0 for r in rows}.items()):
-                said, score = reply
-                count = sum(row["reply"] == said for row in rows)
-                print(f"    {count} x {said} [{score:.2f}]")
+            for (reply, score), count in Counter((row["reply"], row["score"]) for row in rows).most_common():
+                print(f"    {count} x {reply!r} [{score:.2f}]")
 
 
 if __name__ == "__main__":

@@ -11,18 +11,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-DIGITS = "零一二三四五六七八九"
-
-
-def to_chinese(number: int) -> str:
-    """A number from 0 to 199 as it is written out: 十二, 四十, 一百零五, 一百一十."""
-    hundreds, tens, units = number // 100, number // 10 % 10, number % 10
-    if hundreds:
-        rest = DIGITS[tens] + "十" if tens else "零" if units else ""
-        return DIGITS[hundreds] + "百" + rest + (DIGITS[units] if units else "")
-    if tens:
-        return (DIGITS[tens] if tens > 1 else "") + "十" + (DIGITS[units] if units else "")
-    return DIGITS[units]
+from rewards import DIGITS, to_chinese
 
 
 def add(x: int, y: int) -> tuple[str, str, str]:
@@ -77,9 +66,11 @@ def write_task(task: str, folder: Path) -> None:
     for name, rows in problems.items():
         with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for question, reply, answer in rows:
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
                 row = {"data_source": task, "prompt": question, "ground_truth": answer}
-                file.write(json.dumps({"messages": turns} if name == "sft" else row, ensure_ascii=False) + "\n")
+                if name == "sft":
+                    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+                    row = {"data_source": task, "messages": turns, "ground_truth": answer}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     unfinished.rename(folder)
 
 

@@ -5,7 +5,6 @@ python train.py --data_path cache_data/arithmetic/train.jsonl --eval_data_path c
 
 import dataclasses
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -171,7 +170,6 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Ray is taken down on the way out
     try:
         main()
     except UserError as error:

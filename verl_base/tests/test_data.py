@@ -31,7 +31,7 @@ def test_worked_replies_are_right_and_well_formed():
         x, y = question.removesuffix("等于几？").split("加" if "加" in question else "减")
         numbers = {to_chinese(number): number for number in range(200)}
         assert numbers[answer] == (numbers[x] + numbers[y] if "加" in question else numbers[x] - numbers[y])
-        assert compute_score("arithmetic", reply, answer)["score"] == pytest.approx(1.1)
+        assert compute_score("arithmetic", reply, answer)["score"] == pytest.approx(1.6)
 
 
 def test_no_problem_stands_in_two_files():
@@ -43,10 +43,12 @@ def test_no_problem_stands_in_two_files():
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        ("七加五得十二，三加二进一得六，答案：六十二", 1.1),
+        ("七加五得十二，三加二进一得六，答案：六十二", 1.6),
         ("答案：六十二", 1.1),
-        ("七加五得十二，答案：六十三", 0.1),
-        ("答案：六十二。", 0.0),  # something follows the number
+        ("七加五得十二，答案：六十三", 0.1 + 0.25),
+        ("七加五得十三，三加二进一得七，答案：六十二", 1.1),  # right by luck
+        ("十二减八得四，九借一减四得四，答案：四十四", 0.6),  # true steps of another problem
+        ("七加五得十二，三加二进一得六，答案：六十二。", 0.0),  # something follows the number
         ("答案：六十三，答案：六十二", 0.0),  # two answers are none
         ("六十二", 0.0),
         ("", 0.0),

@@ -42,7 +42,7 @@ def wait_until_gone(output) -> list[psutil.Process]:
     return left
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "driver", "worker"])
+@pytest.mark.parametrize("how", ["ctrl-c", "term", "driver", "worker"])
 def test_nothing_is_left(how, request, tmp_path, monkeypatch, policy_folder, data_file, reward_file):
     output, log = tmp_path / "output", tmp_path / "log"
     monkeypatch.setenv("RUN", str(output))
@@ -62,13 +62,15 @@ def test_nothing_is_left(how, request, tmp_path, monkeypatch, policy_folder, dat
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     if how == "ctrl-c":
         os.killpg(run.pid, signal.SIGINT)
+    elif how == "term":
+        run.terminate()
     elif how == "driver":
         run.kill()
     else:
         workers[1].kill()
     status = run.wait(timeout=60)
     assert wait_until_gone(output) == []
-    assert status == {"ctrl-c": 130, "driver": -signal.SIGKILL, "worker": 1}[how]
+    assert status == {"ctrl-c": 130, "term": 143, "driver": -signal.SIGKILL, "worker": 1}[how]
     if how == "worker":
         assert "error: a worker failed" in log.read_text()
     assert "Traceback" not in log.read_text()

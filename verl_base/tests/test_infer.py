@@ -1,0 +1,100 @@
+"""Asking before and after: the command line, the page in headless Chromium, the notebooks."""
+
+import json
+import os
+import shutil
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from conftest import RECIPE, make_policy
+from demo import build_comparison
+from infer import find_start, load_policy, main, sample_scored
+from rows import UserError
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, policy_folder) -> str:
+    """What a run leaves behind: another policy, and a history that rises."""
+    folder = tmp_path_factory.mktemp("output")
+    make_policy(folder, seed=1)
+    before, after = ({"step": step, "pass@1": right, "pass@2": right + 0.1} for step, right in ((0, 0.3), (2, 0.8)))
+    steps = [{"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "reply_length": 9.0} for step in (1, 2)]
+    history = [before, *({**row, "equal_groups": 1} for row in steps), after]
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    (folder / "train_results.json").write_text(json.dumps({"model": policy_folder, "before": before, "after": after}))
+    return str(folder)
+
+
+def test_command_line_asks_both_models(output, capsys):
+    main([output, "--question", "一加二等于几？", "--ground_truth", "三", "--n", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "一加二等于几？  [三]" in lines
+    assert [line.split(":")[0].strip() for line in lines if "mean score" in line] == ["before", "after"]
+    assert sum(int(line.split(" x ")[0]) for line in lines if " x " in line and line.endswith("]")) == 6
+
+
+def test_samples_are_judged_by_the_reward_function(output, tokenizer):
+    model, _ = load_policy(output)
+    rows = sample_scored(model, tokenizer, [{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", n=4)
+    assert len(rows) == 4 and all({"reply", "score", "acc", "format"} <= set(row) for row in rows)
+    with pytest.raises(UserError, match="no train_results.json there"):
+        find_start(str(RECIPE / "tests"))
+    with pytest.raises(UserError, match="no trained model there"):
+        load_policy(str(RECIPE / "tests"))
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and os.environ.get("CI") != "true", reason="no chromium on this machine (apt-get install chromium)"
+)
+def test_page_shows_both_models_and_errors(output, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    demo = build_comparison(load_policy(find_start(output)), load_policy(output))
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        page = browser.new_page(viewport={"width": 1200, "height": 1000}, locale="zh-CN")
+        elsewhere = []
+        page.on(
+            "request",
+            lambda request: request.url.startswith((address, "data:", "blob:")) or elsewhere.append(request.url),
+        )
+        page.goto(address)
+        page.get_by_role("button", name="采样并打分").click()
+        page.get_by_text("请先写一个问题。").wait_for()
+        page.get_by_label("问题").fill("一加二等于几？")
+        page.get_by_role("button", name="采样并打分").click()
+        page.get_by_text("请写出标准答案").wait_for()
+        page.get_by_label("标准答案").fill("三")
+        page.get_by_role("button", name="采样并打分").click()
+        page.get_by_text("8 条回复").nth(1).wait_for()
+        page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path / "page.png")))
+        page.get_by_role("button", name="清空").click()
+        page.get_by_text("8 条回复").first.wait_for(state="detached")
+        assert page.get_by_label("问题").input_value() == "" and elsewhere == []
+        browser.close()
+    demo.close()
+
+
+@pytest.mark.parametrize("name", ["code01_processdata", "infer"])
+def test_notebook_runs_from_top_to_bottom(name, output, tmp_path, monkeypatch):
+    folder = tmp_path / "verl_base"
+    ignored = shutil.ignore_patterns("output*", "cache_data", "__pycache__", ".*_cache", "tests", "base0*")
+    shutil.copytree(RECIPE, folder, ignore=ignored)
+    monkeypatch.setenv("OUTPUT", output)
+    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    text = "\n".join(output.get("text") or output["data"].get("text/plain", "") for output in outputs)
+    assert not [output["text"] for output in outputs if output.get("name") == "stderr"]
+    if name == "infer":
+        assert "训练前： 8 条回复" in text and "Closing server" in text
+    else:
+        assert "重复的题目： 0" in text and "my_bad_rows.jsonl:2: no ground_truth" in text
