@@ -4,6 +4,7 @@ Read are README.md, README_zh.md and CONTRIBUTING.md, every recipe's readme.md a
 in the text, and blocks of bash and of plain text. A user's own files are named my_... in them.
 """
 
+import ast
 import difflib
 import fnmatch
 import json
@@ -186,6 +187,18 @@ def ask_flags(root: Path, scripts: tuple[str, ...]) -> dict[str, set[str]]:
     return flags
 
 
+def declared_flags(root: Path, recipe: str) -> set[str]:
+    """Flags that a recipe's modules declare: what argparse can't be asked for where its packages aren't installed."""
+    flags = set()
+    for file in (root / recipe).glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        flags.update(re.findall(r'add_argument\("(--[\w-]+)"', text))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
+                flags.update(f"--{item.target.id}" for item in node.body if isinstance(item, ast.AnnAssign))
+    return flags
+
+
 def find_unknown_flags(tree: Tree, uses: list[Use]) -> list[str]:
     """Flags that no script has, or not the one that is started. Flags alone are looked for in all scripts in sight."""
     in_sight = [name for name in tree.files if name.count("/") == 1 and name.split("/")[0] in tree.recipes]
@@ -203,6 +216,7 @@ def find_unknown_flags(tree: Tree, uses: list[Use]) -> list[str]:
             folder = use.place.split("/")[0]
             owners = [script for script in flags_of if folder not in tree.recipes or script.startswith(f"{folder}/")]
             known = FOREIGN_FLAGS.union(*(flags_of[script] for script in owners))
+            known |= declared_flags(tree.root, folder) if folder in OWN_ENVIRONMENT else set()
         for flag in use.flags:
             if flag not in known:
                 close = difflib.get_close_matches(flag, known, 1)

@@ -1,6 +1,7 @@
 """Ray on this machine only, and verl without a GPU. Import this before Ray and verl: they read the environment then."""
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -31,6 +32,9 @@ if not ON_GPU:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# torch.nested asks torch.fx whether it is tracing, which torch 2.13 comments on, once a process.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 import ray  # noqa: E402
 from verl.single_controller.ray import RayResourcePool  # noqa: E402

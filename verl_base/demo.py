@@ -4,7 +4,7 @@ import gradio as gr
 
 from infer import sample_scored
 
-EXAMPLES = [["三十七加二十五等于几？", "六十二"], ["九十二减四十八等于几？", "四十四"], ["五加八等于几？", "十三"]]
+QUESTIONS = [["三十七加二十五等于几？", "六十二"], ["九十二减四十八等于几？", "四十四"], ["五加八等于几？", "十三"]]
 HEADERS = ["回复", "得分", "答对", "格式"]
 
 
@@ -63,7 +63,7 @@ def build_comparison(before, after, title: str = "强化学习前后对比"):
                         headers=HEADERS, interactive=False, wrap=True, column_widths=["61%", "13%", "13%", "13%"]
                     )
                     outputs += [table, summary]
-        gr.Examples(EXAMPLES, [question, ground_truth])
+        gr.Examples(QUESTIONS, [question, ground_truth])
         inputs = [question, ground_truth, rule, n, temperature]
         running = gr.on([send.click, question.submit], ask, inputs, outputs, concurrency_limit=1)
         stop.click(None, cancels=[running])

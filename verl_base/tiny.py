@@ -20,11 +20,11 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-ENOUGH = 0.36  # on examples that it learns from; on others it is then right about once in three times
+CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ENOUGH = 1 / 3
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_chat_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which a numeral is always a token of its own, as digits are in today's vocabularies."""
     tokenizer = FastTokenizer(models.BPE())
     numerals = pre_tokenizers.Split(Regex("[零一二三四五六七八九十百]"), "isolated")
@@ -32,7 +32,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=CHAT_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([*texts, "user\nassistant\nsystem\n"] * 2, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -85,7 +85,7 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
         optimizer.step()
         warmup.step()
         optimizer.zero_grad()
-        if step >= 80 and step % 10 == 0:
+        if step >= 80 and step % 5 == 0:
             accuracy = sample_accuracy(model, tokenizer, rng.sample(rows, min(512, len(rows))))
             if accuracy >= ENOUGH:
                 return accuracy
@@ -95,7 +95,7 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
 def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
     """Saves the tokenizer and the tuned model of a task's sft.jsonl."""
     rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
-    tokenizer = train_tokenizer([turn["content"] for row in rows for turn in row["messages"]], vocab_size=1024)
+    tokenizer = train_chat_tokenizer([turn["content"] for row in rows for turn in row["messages"]], vocab_size=1024)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,

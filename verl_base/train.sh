@@ -17,8 +17,9 @@ if [[ "${DATA:-arithmetic}" == arithmetic || "${DATA:-}" == xiehouyu ]]; then
     data=(--data_path "$folder/train.jsonl" --eval_data_path "$folder/test.jsonl" --max_response_length 32)
 fi
 recipe=()
-if [[ -z "${MODEL:-}" ]]; then
-    recipe=(--total_training_steps 180 --learning_rate 4e-4) # half a million parameters bear large steps
+if [[ -z "${MODEL:-}" ]]; then # half a million parameters bear large steps
+    recipe=(--total_training_steps 200 --learning_rate 3e-4 --lr_warmup_steps 15 --lr_scheduler_type cosine
+        --train_batch_size 64 --ppo_mini_batch_size 32 --clip_ratio_high 0.28 --test_freq 50)
 fi
 set -x
 exec python train.py \

@@ -33,9 +33,9 @@ def make_policy(folder: Path, seed: int = 0, **changes) -> str:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from tiny import train_tokenizer
+    from tiny import train_chat_tokenizer
 
-    tokenizer = train_tokenizer(QUESTIONS, vocab_size=400)
+    tokenizer = train_chat_tokenizer(QUESTIONS, vocab_size=400)
     settings = {
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True},
@@ -52,15 +52,15 @@ def policy_folder(tmp_path_factory) -> str:
     return make_policy(tmp_path_factory.mktemp("policy"))
 
 
-@pytest.fixture(scope="session")
-def tokenizer(policy_folder):
+@pytest.fixture(scope="session", name="tokenizer")
+def policy_tokenizer(policy_folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(policy_folder)
 
 
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory) -> str:
+@pytest.fixture(scope="session", name="data_file")
+def prompts_file(tmp_path_factory) -> str:
     rows = [{"prompt": question, "ground_truth": "八", "data_source": "arithmetic"} for question in QUESTIONS]
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
 
@@ -130,8 +130,8 @@ def read_flags(monkeypatch, policy_folder, data_file, reward_file, tmp_path):
     return read
 
 
-@pytest.fixture
-def run_train(monkeypatch, start, read_flags):
+@pytest.fixture(name="run_train")
+def run_reinforcement(monkeypatch, start, read_flags):
     """train.main() in this process and in the tests' Ray; returns the output folder."""
     import train
 

@@ -150,9 +150,9 @@ def test_eos_is_what_ends_a_turn(tmp_path, tokenizer, read_flags):
 def test_saved_tokenizer_is_the_one_that_was_trained(tmp_path):
     from transformers import AutoTokenizer
 
-    from tiny import train_tokenizer
+    from tiny import train_chat_tokenizer
 
-    trained = train_tokenizer(QUESTIONS, vocab_size=400)
+    trained = train_chat_tokenizer(QUESTIONS, vocab_size=400)
     trained.save_pretrained(tmp_path)
     text = "<|im_start|>user\n三加二五等于几？<|im_end|>"
     ids = trained(text)["input_ids"]
