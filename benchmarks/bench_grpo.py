@@ -104,7 +104,7 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
             if step == WARM_UP:
                 started, cpu = time.perf_counter(), cpu_seconds()
             rollout, judged, _ = collect_step(policy, prompts, step, tokenizer, compute_score, data_args, args)
-            lengths.append(take_step(policy, reference, rollout, judged, model_args, args, step + 1)["reply_length"])
+            lengths.append(take_step(policy, reference, rollout, judged, args, step + 1)["reply_length"])
         cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - started
     return {"replies": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
 

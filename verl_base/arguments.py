@@ -79,7 +79,8 @@ class TrainingArguments:
     total_training_steps: int = field(default=200, metadata={"help": "Batches of prompts to learn from."})
     train_batch_size: int = field(default=32, metadata={"help": "Prompts a step, of all processes together."})
     rollout_n: int = field(default=8, metadata={"help": "Replies to each prompt: a group."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, in training and on held-out prompts."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling in training; more of it explores more."})
+    val_temperature: float = field(default=1.0, metadata={"help": "Of sampling on held-out prompts."})
     ppo_mini_batch_size: int = field(default=16, metadata={"help": "Prompts an optimizer step."})
     ppo_epochs: int = field(default=1, metadata={"help": "Times that a batch is learned from."})
     ppo_max_token_len_per_gpu: int = field(
@@ -152,8 +153,9 @@ def check_flags(model_args: ModelArguments, data_args: DataArguments, args: Trai
         raise UserError(
             f"--rollout_n {args.rollout_n}: a reply is compared with the others of its group; give 2 or more."
         )
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: replies must differ to be compared; give more than 0.")
+    for name in ("temperature", "val_temperature"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: replies must differ to be compared; give more than 0.")
     if args.train_batch_size % args.ppo_mini_batch_size:
         raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "

@@ -197,7 +197,7 @@ def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_arg
     Returns:
         These figures by name, and what they were made of (Judged).
     """
-    rollout = sample(policy, prompts, tokenizer.pad_token_id, args.val_n, args.temperature, args.seed)
+    rollout = sample(policy, prompts, tokenizer.pad_token_id, args.val_n, args.val_temperature, args.seed)
     judged = judge_replies(rollout, prompts, tokenizer, reward_function, data_args.skip_bad_rewards)
     right = judged.groups(np.nan_to_num(judged.right))
     statistics = rollout_statistics(rollout, judged)

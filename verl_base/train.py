@@ -4,6 +4,7 @@ python train.py --data_path cache_data/arithmetic/train.jsonl --eval_data_path c
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ import numpy as np
 
 from arguments import ALGORITHMS, read_flags
 from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, seal_checkpoint, step_of
-from cluster import local_cluster, ray  # before verl: they say where verl and Ray are
+from cluster import local_cluster, ray  # it says to verl and Ray where they are
 from data import hash_prompts, load_split, prompts_of_draw
 from engines import compute_log_probs, start_workers, update_policy
 from model import load_policy_tokenizer
@@ -40,6 +41,7 @@ def identify_run(model_args, data_args, args, prompts: list, held_out: list) -> 
         del settings[name]
     settings["model's files"] = hash_model_files(model_args.model_name_or_path)
     settings["reward_function"] = data_args.reward_function
+    settings["its file"] = hashlib.sha256(Path(data_args.reward_function.rpartition(":")[0]).read_bytes()).hexdigest()
     settings["max_response_length"] = data_args.max_response_length
     settings["prompts"] = hash_prompts(prompts + held_out)
     return json.loads(json.dumps(settings))
@@ -69,7 +71,7 @@ def collect_step(policy, prompts: list, draw: int, tokenizer, reward_function, d
             return *select_groups(rollout, judged, np.arange(args.train_batch_size)), draw
 
 
-def take_step(policy, reference, rollout, judged, model_args, args, step: int) -> dict[str, float]:
+def take_step(policy, reference, rollout, judged, args, step: int) -> dict[str, float]:
     """Learns from a step's replies and says how it went."""
     if args.recompute_log_probs:
         rollout.batch["old_log_probs"] = compute_log_probs(policy, rollout, args)
@@ -91,7 +93,7 @@ def take_step(policy, reference, rollout, judged, model_args, args, step: int) -
 
 def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags) -> list[dict]:
     """All steps from the checkpoint on, or from the first; returns the history of the whole run."""
-    model_args, data_args, args = flags
+    _, data_args, args = flags
     output = Path(args.output_dir)
     history, draw = [], 0
 
@@ -110,7 +112,7 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
     for step in range(step_of(checkpoint) + 1 if checkpoint else 1, args.total_training_steps + 1):
         started = time.perf_counter()
         rollout, judged, draw = collect_step(policy, prompts, draw, tokenizer, reward_function, data_args, args)
-        metrics = take_step(policy, reference, rollout, judged, model_args, args, step)
+        metrics = take_step(policy, reference, rollout, judged, args, step)
         seconds = time.perf_counter() - started
         history.append({"step": step, **metrics, "seconds": seconds, "replies_per_second": len(rollout) / seconds})
         last = step == args.total_training_steps
