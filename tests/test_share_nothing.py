@@ -68,7 +68,8 @@ def find_foreign_imports(root: Path) -> list[str]:
             own = own_modules(root, file)
             for place, tree in parse_python(root, file):
                 for line, name in find_imports(tree):
-                    providers = {canonicalize_name(found) for found in distributions().get(name, [NOT_HERE.get(name, name)])}
+                    brings = distributions().get(name, [NOT_HERE.get(name, name)])
+                    providers = {canonicalize_name(found) for found in brings}
                     if name in sys.stdlib_module_names or name in own or providers & allowed:
                         continue
                     if name in others:
