@@ -25,14 +25,13 @@ ALGORITHMS = ("grpo", "ppo")
 FREE = ("actor_rollout_ref.model.override_config.", "critic.model.override_config.", "ray_kwargs.ray_init.")
 
 
-def read_overrides(script: str, algorithm: str, model: str, gpus: int = 8) -> tuple[str, list[str]]:
-    """The configuration's name and the overrides with which a script would start main_ppo."""
-    settings = {"DRY_RUN": "1", "ALGORITHM": algorithm, "MODEL": model, "NPROC": str(gpus)}
+def read_overrides(script: str, algorithm: str, model: str, *arguments: str) -> tuple[str, list[str]]:
+    """The configuration's name and the overrides with which a script would start main_ppo, on 8 GPUs a machine."""
+    settings = {"DRY_RUN": "1", "ALGORITHM": algorithm, "MODEL": model, "NPROC": "8"}
     settings |= {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "RAY_AUTH_TOKEN": "secret"}
-    bash = ["bash", str(HERE / script)]
-    words = subprocess.run(bash, env=os.environ | settings, check=True, capture_output=True, text=True).stdout.split(
-        "\n"
-    )
+    bash = ["bash", str(HERE / script), *arguments]
+    shown = subprocess.run(bash, env=os.environ | settings, check=True, capture_output=True, text=True).stdout
+    words = shown.split("\n")
     start = words.index("--config-name")
     return words[start + 1], words[start + 2 : -1]
 
@@ -59,7 +58,7 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def check_script(script: str, algorithm: str, model: str) -> dict[str, tuple]:
+def check_script(script: str, algorithm: str, model: str, *arguments: str) -> dict[str, tuple]:
     """Runs the checks that main_ppo and its workers run before they load a model.
 
     Returns:
@@ -68,7 +67,7 @@ def check_script(script: str, algorithm: str, model: str) -> dict[str, tuple]:
     Raises:
         ValueError: keys that verl doesn't know. What verl's own checks raise, they raise.
     """
-    name, overrides = read_overrides(script, algorithm, model)
+    name, overrides = read_overrides(script, algorithm, model, *arguments)
     config = compose_config(name, overrides)
     theirs = flatten(OmegaConf.to_container(compose_verls()))
     ours = flatten(OmegaConf.to_container(config))

@@ -1,98 +1,199 @@
 """verl's own trainers by our data, rewards and plug-ins; the scripts for GPUs as far as their configurations go."""
 
+import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base03_main_ppo.check_configs import ALGORITHMS, SCRIPTS, check_script
-from base03_main_ppo.make_parquet import read_rows
+from base03_main_ppo.make_parquet import make_parquet, read_rows
 from base03_main_ppo.untuned import save_untuned
 from conftest import QUESTIONS, RECIPE, write_rows
+from rewards import compute_score
 from rows import UserError
+
+# A policy with random weights writes 48 tokens of nonsense, of which our reward takes off what is too long.
+RL = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "data.max_response_length=48"]
+RL += ["trainer.val_before_train=false"]
+PPO = ["trainer.total_training_steps=100", "trainer.test_freq=-1", "trainer.save_freq=-1"]
+GRPO = ["trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2"]
+GRPO += ["actor_rollout_ref.rollout.n=4"]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A folder with the three files of a task, and what it takes to find Python in a script."""
+    """A folder with the three files of a task."""
     folder = tmp_path_factory.mktemp("task")
-    prompts = [{"prompt": question, "ground_truth": "八", "data_source": "arithmetic"} for question in QUESTIONS]
-    turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": "答案：八"}] for question in QUESTIONS
-    ]
-    write_rows(folder / "train.jsonl", prompts)
-    write_rows(folder / "test.jsonl", prompts[:4])
+    rows = [{"prompt": question, "ground_truth": "八", "data_source": "arithmetic"} for question in QUESTIONS]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": "答案：八"}] for q in QUESTIONS]
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "test.jsonl", rows[:4])
     write_rows(folder / "sft.jsonl", [{"messages": messages} for messages in turns])
     return folder
 
 
-def run_script(script: str, output, task, overrides: list[str], **variables) -> str:
-    """What a script printed; nothing of it may be left running."""
+def start_script(script: str, output, task, overrides: list[str], **variables) -> subprocess.Popen:
+    """A script in a session of its own, that prints to `output`.log; all its processes have RUN in their environment."""
     environment = os.environ | {"DATA": str(task), "OUTPUT": str(output), "RUN": str(output)} | variables
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     command = ["bash", str(RECIPE / "base03_main_ppo" / script), *overrides]
-    run = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert run.returncode == 0, run.stdout[-5000:]
-    left = []
+    with output.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def read_log(output) -> str:
+    return output.with_suffix(".log").read_text("utf-8", errors="replace")
+
+
+def wait_for_step(run: subprocess.Popen, output) -> None:
+    while "step:1 - " not in read_log(output):
+        assert run.poll() is None, read_log(output)[-5000:]
+        time.sleep(0.5)
+
+
+def processes_of(output) -> list[psutil.Process]:
+    found = []
     for process in psutil.process_iter():
         try:
-            left += [process.name()] if process.environ().get("RUN") == str(output) else []
+            found += [process] if process.environ().get("RUN") == str(output) else []
         except psutil.Error:
             continue
+    return found
+
+
+def addresses_listened_on(output) -> set[str]:
+    addresses = set()
+    for process in processes_of(output):
+        try:
+            found = process.net_connections("tcp")
+        except psutil.Error:  # it has just ended
+            continue
+        addresses |= {one.laddr.ip.removeprefix("::ffff:") for one in found if one.status == psutil.CONN_LISTEN}
+    return addresses
+
+
+def assert_nothing_is_left(output) -> None:
+    end = time.time() + 15
+    while (left := processes_of(output)) and time.time() < end:
+        time.sleep(0.5)
+    for process in left:
+        process.kill()
     assert left == []
-    return run.stdout
 
 
-def test_bad_rows_are_named(tmp_path):
-    path = tmp_path / "train.jsonl"
-    write_rows(path, [{"prompt": "一加一等于几？", "ground_truth": "二"}, {"prompt": "一加一等于几？"}])
-    with pytest.raises(UserError, match=rf"{path}:2: no ground_truth"):
-        read_rows(path, "train")
+def find_metric(name: str, shown: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"{name}:(?:np\.float\d+\()?(-?[\d.e-]+)", shown)]
+
+
+def test_rows_become_verls_parquet(task, tmp_path):
+    make_parquet(task, tmp_path)
+    train = pd.read_parquet(tmp_path / "train.parquet")
+    assert len(train) == len(QUESTIONS) - 4  # the held-out questions are none of them
+    assert list(train["prompt"][0]) == [{"role": "user", "content": QUESTIONS[4]}]
+    assert train["reward_model"][0]["ground_truth"] == "八" and train["data_source"][0] == "arithmetic"
+    assert train["extra_info"][0]["source"] == f"{task}/train.jsonl:5"
+    conversations = [len(pd.read_parquet(tmp_path / f"sft_{split}.parquet")) for split in ("train", "test")]
+    assert conversations == [61, 3]
+
+
+@pytest.mark.parametrize(
+    ("split", "row", "reason"),
+    [
+        ("train", {"prompt": "一加一等于几？"}, "no ground_truth"),
+        ("train", {"prompt": "一加一等于几？", "ground_truth": 2}, "ground_truth is a int, in the first row a str"),
+        ("sft", {"messages": [{"role": "user", "content": "一加一等于几？"}]}, "a question and a reply at least"),
+        ("sft", {"messages": [{"role": "user", "content": "问"}] * 2}, "the last message must be the assistant's"),
+    ],
+)
+def test_bad_rows_are_named(split, row, reason, task, tmp_path):
+    first = (task / f"{split}.jsonl").read_text("utf-8").splitlines()[0]
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [json.loads(first), row])
+    with pytest.raises(UserError, match=f"{path}:2: .*{reason}"):
+        read_rows(path, split)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gpu_scripts_compose_what_verl_accepts(script, algorithm, tmp_path, task):
-    save_untuned(task / "sft.jsonl", str(tmp_path / "model"))
-    differences = check_script(script, algorithm, str(tmp_path / "model"))
+    save_untuned(task / "sft.jsonl", str(tmp_path))
+    differences = check_script(script, algorithm, str(tmp_path))
     assert differences["actor_rollout_ref.rollout.name"][1] == "vllm"
     assert differences["reward.custom_reward_function.path"][1] == str(RECIPE / "rewards.py")
     assert ("trainer.nnodes" in differences) == (script == "train_cluster.sh")
+    with pytest.raises(ValueError, match="verl knows no trainer.total_step"):
+        check_script(script, algorithm, str(tmp_path), "+trainer.total_step=3")
+    with pytest.raises(ValueError, match="train_batch_size"):
+        check_script(script, algorithm, str(tmp_path), "data.train_batch_size=8")
 
 
-def test_warm_start_then_grpo(tmp_path, task):
-    sft = tmp_path / "sft"
-    small = ["data.train_batch_size=16", "trainer.total_epochs=3", "trainer.test_freq=-1", "trainer.save_freq=12"]
-    shown = run_script("sft_cpu.sh", sft, task, [*small, "optim.lr_warmup_steps=2"])
-    losses = [float(loss) for loss in re.findall(r"train/loss:\s*([\d.]+)", shown)]
-    assert len(losses) >= 10 and losses[-1] < losses[0] / 2
-    (model,) = sft.glob("global_step_*/huggingface")
-    rl = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4"]
-    rl += [
-        "trainer.total_training_steps=2",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=2",
-        "data.max_response_length=8",
-    ]
-    shown = run_script(
-        "train_cpu.sh", tmp_path / "grpo", task, [*rl, "trainer.val_before_train=false"], MODEL=str(model)
+def test_warm_start_lowers_the_loss(tmp_path, task):
+    output = tmp_path / "sft"
+    small = ["data.train_batch_size=16", "trainer.total_epochs=4", "trainer.test_freq=-1", "optim.lr_warmup_steps=2"]
+    run = start_script("sft_cpu.sh", output, task, small)
+    assert run.wait() == 0, read_log(output)[-5000:]
+    assert_nothing_is_left(output)
+    losses = find_metric("train/loss", read_log(output))
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+    folder = output / "global_step_12" / "huggingface"
+    ids = AutoTokenizer.from_pretrained(folder)("答案：八<|im_end|>", return_tensors="pt")["input_ids"]
+    tuned, untuned = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (folder, output / "untuned")
     )
-    rewards = [float(reward) for reward in re.findall(r"critic/score/mean:([\d.-]+)", shown)]
-    assert len(rewards) == 2 and all(-1 < reward < 1.7 for reward in rewards)
-    assert list((tmp_path / "grpo").glob("global_step_2/actor/huggingface/*.safetensors"))
-    assert not (tmp_path / "grpo" / "ray").exists()
+    with torch.no_grad():
+        assert tuned(ids, labels=ids).loss < untuned(ids, labels=ids).loss
 
 
-def test_parquet_is_in_verls_form(task, tmp_path):
-    output = tmp_path / "data"
-    command = [sys.executable, "-m", "base03_main_ppo.make_parquet", str(task), str(output)]
-    subprocess.run(command, cwd=RECIPE, check=True, capture_output=True)
-    row = pd.read_parquet(output / "train.parquet").iloc[0]
-    assert row["reward_model"]["ground_truth"] == "八" and row["data_source"] == "arithmetic"
-    assert list(row["prompt"]) == [{"role": "user", "content": QUESTIONS[0]}]
-    shutil.rmtree(output)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, task, policy_folder):
+    """Folder and process of a run with each algorithm, side by side: most of the time they only import."""
+    folder = tmp_path_factory.mktemp("runs")
+    started = {}
+    for algorithm, overrides, nproc in (("ppo", PPO, "1"), ("grpo", GRPO, "2")):
+        output = folder / algorithm
+        dump = f"trainer.rollout_data_dir={output / 'rollouts'}"
+        variables = {"MODEL": policy_folder, "ALGORITHM": algorithm, "NPROC": nproc}
+        started[algorithm] = output, start_script("train_cpu.sh", output, task, [*RL, *overrides, dump], **variables)
+    yield started
+    for output, _ in started.values():
+        for process in processes_of(output):
+            process.kill()
+
+
+def test_ppo_trains_its_critic_until_ctrl_c(runs):
+    output, run = runs["ppo"]
+    wait_for_step(run, output)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait() != 0
+    assert_nothing_is_left(output)
+    shown = read_log(output)
+    assert find_metric("critic/vf_loss", shown) and find_metric("critic/grad_norm", shown)[0] > 0
+
+
+def test_grpo_learns_from_our_reward_and_listens_to_this_machine_only(runs):
+    output, run = runs["grpo"]
+    wait_for_step(run, output)
+    assert addresses_listened_on(output) == {"127.0.0.1"}
+    assert run.wait() == 0, read_log(output)[-5000:]
+    assert_nothing_is_left(output)
+    shown = read_log(output)
+    scores = find_metric("critic/score/mean", shown)
+    for step in (1, 2):
+        rows = [json.loads(line) for line in (output / "rollouts" / f"{step}.jsonl").read_text("utf-8").splitlines()]
+        expected = [compute_score("arithmetic", row["output"], row["gts"])["score"] for row in rows]
+        assert len(rows) == 8 * 4 and len(set(expected)) > 1
+        assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-6)
+        assert scores[step - 1] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    assert max(find_metric("rollout_corr/log_ppl_abs_diff", shown)) < 1e-5  # what is sampled from is what is trained
+    assert find_metric("val-core/arithmetic/acc/mean@2", shown) == [0.0]
+    assert (output / "global_step_2" / "actor" / "huggingface" / "model.safetensors").is_file()
+    assert not (output / "ray").exists()
