@@ -12,6 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base03_main_ppo.check_configs import ALGORITHMS, SCRIPTS, check_script
@@ -42,7 +43,7 @@ def task(tmp_path_factory):
 
 
 def start_script(script: str, output, task, overrides: list[str], **variables) -> subprocess.Popen:
-    """A script in a session of its own, that prints to `output`.log; all its processes have RUN in their environment."""
+    """A script in a session of its own, which prints to `output`.log; its processes have RUN in their environment."""
     environment = os.environ | {"DATA": str(task), "OUTPUT": str(output), "RUN": str(output)} | variables
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     command = ["bash", str(RECIPE / "base03_main_ppo" / script), *overrides]
@@ -132,8 +133,8 @@ def test_gpu_scripts_compose_what_verl_accepts(script, algorithm, tmp_path, task
     assert ("trainer.nnodes" in differences) == (script == "train_cluster.sh")
     with pytest.raises(ValueError, match="verl knows no trainer.total_step"):
         check_script(script, algorithm, str(tmp_path), "+trainer.total_step=3")
-    with pytest.raises(ValueError, match="train_batch_size"):
-        check_script(script, algorithm, str(tmp_path), "data.train_batch_size=8")
+    with pytest.raises(InstantiationException, match="pipeline_model_parallel_size"):
+        check_script(script, algorithm, str(tmp_path), "actor_rollout_ref.rollout.pipeline_model_parallel_size=2")
 
 
 def test_warm_start_lowers_the_loss(tmp_path, task):
