@@ -21,7 +21,8 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
-	$(VERL) && cd verl_base && python -m pytest tests/test_data.py tests/test_rollout.py tests/test_workers.py tests/test_train.py
+	$(VERL) && cd verl_base && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_infer.py
+	$(VERL) && cd verl_base && python -m pytest tests/test_infer.py
 
 lint: .venv/test
 	$(ACTIVATE) && ruff check . && ruff format --check .

@@ -2,7 +2,7 @@
 
     make verl && . .venv-verl/bin/activate
     pip install --no-deps --target .venv-verl/bench -r requirements-bench.txt
-    python benchmarks/bench_grpo.py --trl .venv-verl/bench     about 10 minutes
+    python benchmarks/bench_grpo.py --trl .venv-verl/bench     about 40 minutes
 
 (verl doesn't start where it can import TRL, so TRL is installed aside and put on the path for its own runs only.)
 
@@ -99,12 +99,12 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     lengths = []
     with local_cluster(processes, output) as pool:
-        policy, reference = start_workers(pool, model_args, args, LENGTH)
+        policy, reference = start_workers(pool, model_args, args, tokenizer, LENGTH)
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 started, cpu = time.perf_counter(), cpu_seconds()
             rollout, judged, _ = collect_step(policy, prompts, step, tokenizer, compute_score, data_args, args)
-            lengths.append(take_step(policy, reference, rollout, judged, args, step + 1)["reply_length"])
+            lengths.append(take_step(policy, reference, rollout, judged, args)["reply_length"])
         cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - started
     return {"replies": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
 
@@ -200,16 +200,16 @@ def save_our_losses(model: str, output: str) -> list[float]:
     from rollout import add_advantages
     from train import collect_step
 
-    flags = model_args, data_args, args = our_flags(model, output, 1, learning_rate=1e-4, ppo_mini_batch_size=8)
+    flags = model_args, data_args, args = our_flags(model, output, 1, learning_rate=1e-5, ppo_mini_batch_size=8)
     tokenizer = load_policy_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     with local_cluster(1, output) as pool:
-        policy, reference = start_workers(pool, model_args, args, LENGTH)
+        policy, reference = start_workers(pool, model_args, args, tokenizer, LENGTH)
         rollout, judged, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, *flags[1:])
         rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args) - 0.01  # as if it had moved on
         add_advantages(rollout, judged, "grpo")
         torch.save(dict(rollout.batch.items()), f"{output}/rollout.pt")
-        return update_policy(policy, rollout, args, step=1)["loss"]
+        return update_policy(policy, rollout, args)["loss"]
 
 
 def compute_trl_losses(model: str, output: str) -> list[float]:
@@ -224,7 +224,7 @@ def compute_trl_losses(model: str, output: str) -> list[float]:
     trainer = build_trl(model_args, args, prompts, output, 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5, weight_decay=0.0)
     batch, losses = torch.load(f"{output}/rollout.pt"), []
     width = batch["prompts"].shape[1]
     for first in range(0, PROMPTS * GROUP, 8 * GROUP):

@@ -112,7 +112,7 @@ def prompts_of_draw(prompts: list[Prompt], draw: int, batch_size: int, seed: int
 
 
 def collate_prompts(prompts: list[Prompt], pad_token_id: int) -> DataProto:
-    """Left-padded `input_ids` and `attention_mask` [prompts, longest] and their rows' numbers (`index`)."""
+    """Left-padded `input_ids` and `attention_mask` [prompts, longest]."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

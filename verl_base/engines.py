@@ -84,12 +84,12 @@ def policy_loss(args) -> partial:
     return partial(ppo_loss, config=config)
 
 
-def start_workers(pool, model_args, args, reply_length: int) -> tuple[RayWorkerGroup, RayWorkerGroup | None]:
+def start_workers(pool, model_args, args, tokenizer, reply_length: int) -> tuple[RayWorkerGroup, RayWorkerGroup | None]:
     """The policy, and the reference in the same processes: None where none is needed, or LoRA's base model is it."""
     policy = RayClassWithInitArgs(
         ray.remote(PolicyWorker),
         config=worker_config(model_args, args, trained=True),
-        tokenizer_path=model_args.model_name_or_path,
+        tokenizer=tokenizer,
         reply_length=reply_length,
     )
     roles = {"policy": policy}
@@ -118,7 +118,7 @@ def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, args, **options
     return no_padding_2_padding(tu.get(output, "log_probs"), data).float()
 
 
-def update_policy(policy: RayWorkerGroup, batch: DataProto, args, step: int) -> dict[str, list]:
+def update_policy(policy: RayWorkerGroup, batch: DataProto, args) -> dict[str, list]:
     """One optimizer step for each mini-batch, `ppo_epochs` times over the batch; returns verl's metrics."""
     data = without_padding(batch, args)
     replies = args.ppo_mini_batch_size * args.rollout_n
@@ -128,7 +128,6 @@ def update_policy(policy: RayWorkerGroup, batch: DataProto, args, step: int) -> 
         global_batch_size=replies,
         mini_batch_size=replies,
         epochs=args.ppo_epochs,
-        seed=args.seed + step,
         dataloader_kwargs={"shuffle": False},  # the replies to a prompt stay together
         compute_loss=True,
     )

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rewards import compute_score
 from rows import UserError, check_prompt, read_json
 
+MAX_NEW_TOKENS = 256
+
 
 def load_policy(path: str, device: str | None = None):
     """Model and tokenizer of a folder or hub id; a folder with a LoRA adapter gets its base model under it.
@@ -44,18 +46,15 @@ def find_start(path: str) -> str:
 
 
 @torch.no_grad()
-def sample_scored(
-    model, tokenizer, messages: list[dict], ground_truth, data_source: str, n: int = 8, temperature: float = 1.0,
-    max_new_tokens: int = 64,
-) -> list[dict]:  # fmt: skip
-    """n sampled replies to one prompt, with what `compute_score` gives each (`score`, `acc`, `format`, ...)."""
+def sample_scored(model, tokenizer, messages: list[dict], ground_truth, data_source: str, n=8, temperature=1.0):
+    """n sampled replies to one prompt, as dicts, with what `compute_score` gives each (`score`, `acc` and so on)."""
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         num_return_sequences=n,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

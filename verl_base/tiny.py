@@ -34,7 +34,7 @@ def train_chat_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=CHAT_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*texts, "user\nassistant\nsystem\n"] * 2, trainer)
+    tokenizer.train_from_iterator([*texts, "user\nassistant\nsystem\n"], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
     )
@@ -92,9 +92,8 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
     raise UserError(f"after 600 steps the tiny model still gets only {accuracy:.0%} of its examples right.")
 
 
-def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
-    """Saves the tokenizer and the tuned model of a task's sft.jsonl."""
-    rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
+def build_untuned(rows: list[dict], seed: int):
+    """A Qwen2 with random weights, and a tokenizer trained on the conversations of sft.jsonl."""
     tokenizer = train_chat_tokenizer([turn["content"] for row in rows for turn in row["messages"]], vocab_size=1024)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -110,7 +109,13 @@ def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(config), tokenizer
+
+
+def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
+    """Saves the tokenizer and the tuned model of a task's sft.jsonl."""
+    rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
+    model, tokenizer = build_untuned(rows, seed)
     print("tuning the tiny model on worked examples until one reply in three is right ...", flush=True)
     accuracy = tune_for_a_moment(model, tokenizer, rows, seed)
     print(f"... {accuracy:.0%} of the sampled replies are right", flush=True)

@@ -71,7 +71,7 @@ def collect_step(policy, prompts: list, draw: int, tokenizer, reward_function, d
             return *select_groups(rollout, judged, np.arange(args.train_batch_size)), draw
 
 
-def take_step(policy, reference, rollout, judged, args, step: int) -> dict[str, float]:
+def take_step(policy, reference, rollout, judged, args) -> dict[str, float]:
     """Learns from a step's replies and says how it went."""
     if args.recompute_log_probs:
         rollout.batch["old_log_probs"] = compute_log_probs(policy, rollout, args)
@@ -81,7 +81,7 @@ def take_step(policy, reference, rollout, judged, args, step: int) -> dict[str, 
         rollout.batch["ref_log_prob"] = compute_log_probs(policy, rollout, args, no_lora_adapter=True)
     add_advantages(rollout, judged, ALGORITHMS[args.algorithm]["adv_estimator"])
     metrics = rollout_statistics(rollout, judged)
-    learned = update_policy(policy, rollout, args, step)
+    learned = update_policy(policy, rollout, args)
     for name, theirs in (("kl", "kl_loss"), ("clip_fraction", "actor/pg_clipfrac"), ("loss", "loss")):
         if theirs in learned:
             metrics[name] = float(np.mean(learned[theirs]))
@@ -112,7 +112,7 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
     for step in range(step_of(checkpoint) + 1 if checkpoint else 1, args.total_training_steps + 1):
         started = time.perf_counter()
         rollout, judged, draw = collect_step(policy, prompts, draw, tokenizer, reward_function, data_args, args)
-        metrics = take_step(policy, reference, rollout, judged, args, step)
+        metrics = take_step(policy, reference, rollout, judged, args)
         seconds = time.perf_counter() - started
         history.append({"step": step, **metrics, "seconds": seconds, "replies_per_second": len(rollout) / seconds})
         last = step == args.total_training_steps
@@ -162,7 +162,7 @@ def main():
         return print(*messages)
     print_run_screen(model_name, prompts, held_out, tokenizer, args, messages)
     with local_cluster(args.nproc, args.output_dir) as pool:
-        policy, reference = start_workers(pool, model_args, args, data_args.max_response_length)
+        policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
         history = run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags)
         policy.save_model(args.output_dir)
     results = summarise(history, model_args.model_name_or_path, started)

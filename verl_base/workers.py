@@ -1,7 +1,7 @@
 """What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict
@@ -58,14 +58,13 @@ class PolicyWorker(TrainingWorker):
     """TrainingWorker and the two things that it lacks for reinforcement learning: rollouts and a model to take away.
 
     Args:
-        tokenizer_path: where the tokenizer is, whose EOS ends a reply.
+        tokenizer: its EOS ends a reply, so it is the driver's own and not what the model's folder says.
         reply_length: every reply has so many places; what comes after its EOS is padding and masked out.
     """
 
-    def __init__(self, config: TrainingWorkerConfig, tokenizer_path: str, reply_length: int):
+    def __init__(self, config: TrainingWorkerConfig, tokenizer, reply_length: int):
         super().__init__(config)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        self.reply_length = reply_length
+        self.tokenizer, self.reply_length = tokenizer, reply_length
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def generate_sequences(self, prompts: DataProto) -> DataProto:

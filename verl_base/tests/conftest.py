@@ -86,12 +86,14 @@ def start(ray_here):
     from verl.single_controller.ray import RayResourcePool
 
     import engines
+    from model import load_policy_tokenizer
 
     groups, pools = [], []
 
     def start_here(model_args, args, reply_length: int = 8):
+        tokenizer = load_policy_tokenizer(model_args)
         pools.append(RayResourcePool([args.nproc], use_gpu=cluster.ON_GPU, max_colocate_count=1))
-        policy, reference = engines.start_workers(pools[-1], model_args, args, reply_length)
+        policy, reference = engines.start_workers(pools[-1], model_args, args, tokenizer, reply_length)
         groups.append(policy)
         return policy, reference
 
@@ -142,7 +144,9 @@ def run_reinforcement(monkeypatch, start, read_flags):
     def run(**changes) -> Path:
         _, _, args = read_flags(**changes)
         monkeypatch.setattr(train, "local_cluster", tests_cluster)
-        monkeypatch.setattr(train, "start_workers", lambda pool, model, args, length: start(model, args, length))
+        monkeypatch.setattr(
+            train, "start_workers", lambda pool, model, args, tokenizer, length: start(model, args, length)
+        )
         try:
             train.main()
         finally:

@@ -1,9 +1,12 @@
 """Two FSDP2 workers against plain PyTorch: what is sampled, what it is worth, what is learned from it."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import make_policy
 from data import load_prompts
 from engines import compute_log_probs, update_policy
 from rollout import sample
@@ -65,11 +68,15 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
     with_advantages(rollout).save_to_disk(rollout_file)
 
 
-def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer):
-    model_args, _, args = read_flags()
+def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_path):
+    """The token that ends a turn, though the model's folder names another one, as those of base models do."""
+    folder = make_policy(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    model_args, _, args = read_flags(model_name_or_path=folder)
     policy, _ = start(model_args, args, reply_length=48)
     batch = sample(policy, prompts[:8], tokenizer.pad_token_id, 8, temperature=1.0, seed=3).batch
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ended = (batch["responses"] == eos).any(1)
     assert 0 < ended.sum() < 64  # random weights end a reply now and then
     for reply, mask, has_end in zip(batch["responses"], batch["response_mask"], ended, strict=True):
@@ -87,7 +94,7 @@ def test_an_update_is_that_of_a_plain_loop(start, read_flags, processes, rollout
     model_args, _, args = read_flags(**flags, kl_loss_coef=0.1)
     policy, _ = start(model_args, args)
     rollout = DataProto.load_from_disk(rollout_file)
-    metrics = update_policy(policy, rollout, args, step=1)
+    metrics = update_policy(policy, rollout, args)
     policy.save_model(str(tmp_path / "learned"))
 
     model = AutoModelForCausalLM.from_pretrained(policy_folder)
@@ -119,7 +126,7 @@ def test_lora_learns_adapters_only(start, read_flags, rollout_file, policy_folde
     assert reference is None  # the model without its adapters is the reference
     rollout = DataProto.load_from_disk(rollout_file)
     mask = rollout.batch["response_mask"]
-    metrics = update_policy(policy, rollout, args, step=1)
+    metrics = update_policy(policy, rollout, args)
     assert len(metrics["grad_norm"]) == 3 and min(metrics["grad_norm"]) > 0
     after = compute_log_probs(policy, rollout, args) * mask
     base = compute_log_probs(policy, rollout, args, no_lora_adapter=True) * mask
