@@ -38,7 +38,7 @@ def make_policy(folder: Path, seed: int = 0, **changes) -> str:
     tokenizer = train_chat_tokenizer(QUESTIONS, vocab_size=400)
     settings = {
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True},
+        **{"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True},
     }
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
