@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-for path in sorted(path for path in Path(sys.argv[1]).glob("*.ipynb") if not path.is_symlink()):
+for path in sorted(path for path in Path(sys.argv[1]).rglob("[!.]*.ipynb") if not path.is_symlink()):
     print(path, flush=True)
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": path.parent}}
