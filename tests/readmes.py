@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repository import list_files, list_recipes
+from repository import list_files
 
 SHELL = {"bash", "sh", "shell", "console"}
 
@@ -22,8 +22,7 @@ class Readme:
 
 def list_readmes(root: Path) -> list[str]:
     names = {"README.md", "README_zh.md", "CONTRIBUTING.md", "benchmarks/README.md"}
-    names |= {f"{recipe}/readme.md" for recipe in list_recipes(root)}
-    return [name for name in list_files(root) if name in names]
+    return [name for name in list_files(root) if name in names or name.endswith("/readme.md")]
 
 
 def read_readme(root: Path, name: str) -> Readme:

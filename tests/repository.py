@@ -20,8 +20,8 @@ def list_files(root: Path) -> list[str]:
 
 
 def list_recipes(root: Path) -> list[str]:
-    """A recipe is a top-level folder that has a requirements.txt."""
-    return [name.split("/")[0] for name in list_files(root) if re.fullmatch(r"[^/]+/requirements\.txt", name)]
+    """A recipe is a folder that has a requirements.txt: at the top, or in a folder of several (`pytorch_base/`)."""
+    return [name.removesuffix("/requirements.txt") for name in list_files(root) if name.endswith("/requirements.txt")]
 
 
 def recipe_files(root: Path, recipe: str) -> list[str]:

@@ -159,7 +159,7 @@ def find_untruths(root: Path) -> list[str]:
     tree, findings, uses = Tree(root), [], []
     for name in list_readmes(root):
         readme = read_readme(root, name)
-        folder = name.split("/")[0] if "/" in name else "."
+        folder = str(PurePosixPath(name).parent)
         anywhere = [folder, "."] if folder in tree.recipes else [folder, ".", *tree.recipes]
         pieces = [read_shell(tree, name, *block[::2], [folder, "."]) for block in readme.blocks if block[1] in SHELL]
         inline = [(line, code) for line, text in readme.text for code in re.findall(r"`([^`]+)`", text)]
@@ -201,7 +201,7 @@ def declared_flags(root: Path, recipe: str) -> set[str]:
 
 def find_unknown_flags(tree: Tree, uses: list[Use]) -> list[str]:
     """Flags that no script has, or not the one that is started. Flags alone are looked for in all scripts in sight."""
-    in_sight = [name for name in tree.files if name.count("/") == 1 and name.split("/")[0] in tree.recipes]
+    in_sight = [name for name in tree.files if str(PurePosixPath(name).parent) in tree.recipes]
     in_sight = [name for name in in_sight if name.endswith(".py") and program_of(tree.root, name)]
     has_main = [name for name in in_sight if "__main__" in (tree.root / name).read_text(encoding="utf-8")]
     named = {use.script for use in uses if use.script}
@@ -213,7 +213,7 @@ def find_unknown_flags(tree: Tree, uses: list[Use]) -> list[str]:
         if use.script:
             known = flags_of[use.script]
         else:
-            folder = use.place.split("/")[0]
+            folder = str(PurePosixPath(use.place).parent)
             owners = [script for script in flags_of if folder not in tree.recipes or script.startswith(f"{folder}/")]
             known = FOREIGN_FLAGS.union(*(flags_of[script] for script in owners))
             known |= declared_flags(tree.root, folder) if folder in OWN_ENVIRONMENT else set()

@@ -42,9 +42,8 @@ def find_imports(tree: ast.Module) -> list[tuple[int, str]]:
     return [(line, name.split(".")[0]) for line, name in found]
 
 
-def own_modules(root: Path, file: str) -> set[str]:
+def own_modules(root: Path, recipe: str, file: str) -> set[str]:
     """Modules and packages that stand in the recipe's folder or beside `file`."""
-    recipe = file.split("/")[0]
     folders = {recipe, str(PurePosixPath(file).parent)}
     own = set()
     for name in recipe_files(root, recipe):
@@ -65,7 +64,7 @@ def find_foreign_imports(root: Path) -> list[str]:
         named = {name for path in (root / recipe).glob("requirements*.txt") for name in read_requirements(path)}
         for file in list_python(root, recipe):
             allowed = named | in_tests if file.startswith(f"{recipe}/tests/") else named
-            own = own_modules(root, file)
+            own = own_modules(root, recipe, file)
             for place, tree in parse_python(root, file):
                 for line, name in find_imports(tree):
                     brings = distributions().get(name, [NOT_HERE.get(name, name)])
@@ -111,17 +110,17 @@ def steps_up(node: ast.expr, names: dict[str, int]) -> int | None:
     return None if below is None else below + above
 
 
-def leads_out(root: Path, file: str, text: str) -> bool:
+def leads_out(root: Path, recipe: str, file: str, text: str) -> bool:
     """Whether a string is a path with `..` that leaves the recipe.
 
     Tests hand such paths to a recipe as bad input; there it counts only where something is.
     """
     if not re.search(r"(^|[/\\])\.\.([/\\]|$)", text) or re.search(r"\s|\w:/", text):
         return False
-    recipe = root / file.split("/")[0]
-    for base in {recipe, (root / file).parent}:
+    home, in_tests = root / recipe, file.startswith(f"{recipe}/tests/")
+    for base in {home, (root / file).parent}:
         target = Path(os.path.normpath(base / text))
-        if not target.is_relative_to(recipe) and (target.exists() or not file.startswith(f"{recipe.name}/tests/")):
+        if not target.is_relative_to(home) and (target.exists() or not in_tests):
             return True
     return False
 
@@ -132,14 +131,13 @@ def find_ways_out(root: Path) -> list[str]:
     for recipe in list_recipes(root):
         for file in list_python(root, recipe):
             for place, tree in parse_python(root, file):
-                findings += [f"{place}:{line}: {what}" for line, what in find_ways_out_in_python(root, file, tree)]
+                findings += [f"{place}:{line}: {what}" for line, what in find_ways_out_in_python(root, recipe, file, tree)]
         for file in recipe_files(root, recipe):
             if not file.endswith(".sh"):
                 continue
             script = (root / file).read_text(encoding="utf-8")
-            home = CD.replace(
-                '")"', f'"){"/.." * (file.count("/") - 1)}"'
-            )  # a lesson's script starts in the recipe, too
+            depth = file.count("/") - recipe.count("/") - 1  # a lesson's script starts in the recipe, too
+            home = CD.replace('")"', f'"){"/.." * depth}"')
             if home not in script:
                 findings.append(f"{file}: add {home} before the first command, so that it can be called from anywhere")
             for number, line in enumerate(script.replace(home, "").splitlines(), 1):
@@ -148,10 +146,10 @@ def find_ways_out(root: Path) -> list[str]:
     return findings
 
 
-def find_ways_out_in_python(root: Path, file: str, tree: ast.Module) -> list[tuple[int, str]]:
+def find_ways_out_in_python(root: Path, recipe: str, file: str, tree: ast.Module) -> list[tuple[int, str]]:
     """Line and finding of each way out in one file or cell."""
-    findings, names = [], {}
-    depth = file.count("/")  # folders from the file up to the recipe's own
+    findings, names, in_tests = [], {}, file.startswith(f"{recipe}/tests/")
+    depth = file.count("/") - recipe.count("/")  # folders from the file up to the recipe's own
     compared = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
     for node in ast.walk(tree):
         match node:
@@ -159,11 +157,11 @@ def find_ways_out_in_python(root: Path, file: str, tree: ast.Module) -> list[tup
                 names[name] = above
             case ast.ImportFrom(level=level) if level > depth:
                 findings.append((node.lineno, "relative import from above the recipe's folder"))
-            case ast.Constant(value=str(text)) if id(node) not in compared and leads_out(root, file, text):
+            case ast.Constant(value=str(text)) if id(node) not in compared and leads_out(root, recipe, file, text):
                 findings.append((node.lineno, f"the path {text!r} leaves the recipe's folder; put the file into it"))
             case ast.Attribute(attr="pardir"):
                 findings.append((node.lineno, "os.pardir leaves the recipe's folder"))
-            case ast.Attribute(value=ast.Name(id="sys"), attr="path") if file.split("/")[1] != "tests":
+            case ast.Attribute(value=ast.Name(id="sys"), attr="path") if not in_tests:
                 findings.append(
                     (node.lineno, "sys.path: the recipe's own folder is on it already; nothing else needs to be")
                 )
@@ -224,7 +222,7 @@ def test_recipe_trains_where_it_is_copied_to(recipe, tmp_path):
     status, output = run_alone(command, tmp_path, seconds=400)
     assert status == 0, output[-5000:]
     assert json.loads((alone / "output_zero2" / "train_results.json").read_text(encoding="utf-8"))
-    assert os.listdir(place) == [recipe], "something was written beside the recipe's folder"
+    assert os.listdir(place) == [recipe.split("/")[0]], "something was written beside the recipe's folder"
 
 
 def test_checks_find_what_is_wrong(make_tree):
@@ -243,6 +241,8 @@ def test_checks_find_what_is_wrong(make_tree):
         "a/tests/test_a.py": "from conftest import RECIPE\nBAD = '../secret.png'\nopen('../../other')\n",
         "a/walk.ipynb": json.dumps({"cells": [cell]}),
         "a/train.sh": "python train.py --data ../other/data\necho {1..3} wait...\n",
+        "lessons/inner/requirements.txt": "torch==2.13.0\n",
+        "lessons/inner/lesson.py": "import model\nfrom pathlib import Path\nprint(Path(__file__).parents[1])\n",
         "a/train_zero2.sh": f"{CD}\n# see ../other\npython train.py\n",
     }
     root = make_tree(files)
@@ -251,6 +251,7 @@ def test_checks_find_what_is_wrong(make_tree):
         "a/data.py:4",
         "a/data.py:5",
         "a/walk.ipynb cell 1:2",
+        "lessons/inner/lesson.py:1",
     ]
     assert [finding.partition(": ")[0] for finding in find_ways_out(root)] == [
         "a/model.py:5",
@@ -259,4 +260,5 @@ def test_checks_find_what_is_wrong(make_tree):
         "a/tests/test_a.py:3",
         "a/train.sh",
         "a/train.sh:1",
+        "lessons/inner/lesson.py:3",
     ]

@@ -155,9 +155,9 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * up, gate), gradient * activation
 
 
-def gated_mlp_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)); the product is not kept for down's backward pass but made again from gate and up."""
-    product = SwiGLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+def project_down(down_proj: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate) * up); the product is not kept for down's backward pass but made again from gate and up."""
+    product = SwiGLU.apply(gate, up)
     node, address = product.grad_fn, product.data_ptr()
 
     def pack(tensor):
@@ -171,7 +171,16 @@ def gated_mlp_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return (node.activation * up).view(packed)
 
     with saved_tensors_hooks(pack, unpack):
-        return self.down_proj(product)
+        return down_proj(product)
+
+
+def gated_mlp_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    return project_down(self.down_proj, self.gate_proj(hidden_states), self.up_proj(hidden_states))
+
+
+def packed_mlp_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The same where gate and up are one matrix (GLM)."""
+    return project_down(self.down_proj, *self.gate_up_proj(hidden_states).chunk(2, dim=-1))
 
 
 def supervised_mlp(mlp: nn.Module, head: SupervisedHead):
@@ -213,9 +222,11 @@ def remember_less(model: nn.Module, head: SupervisedHead | None) -> None:
     last_mlp = None
     for module in model.modules():
         name = type(module).__name__
-        if name in ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"):
+        if name in ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "GlmRMSNorm", "Glm4RMSNorm"):
             module.forward = MethodType(rms_norm_forward, module)
         if name in ("Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP") and isinstance(module.act_fn, SiLUActivation):
             module.forward, last_mlp = MethodType(gated_mlp_forward, module), module
+        if name in ("GlmMLP", "Glm4MLP") and isinstance(module.activation_fn, SiLUActivation):
+            module.forward, last_mlp = MethodType(packed_mlp_forward, module), module
     if head is not None and last_mlp is not None:
         last_mlp.forward = supervised_mlp(last_mlp, head)

