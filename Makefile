@@ -21,6 +21,10 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
+	$(ACTIVATE) && cd pytorch_base/multi_process && python -m pytest tests -n 2
+	$(ACTIVATE) && cd pytorch_base/transformers_flow && python -m pytest tests -n 2
+	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests/test_page.py
 	$(VERL) && cd verl_base && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_infer.py
 	$(VERL) && cd verl_base && python -m pytest tests/test_infer.py
 
@@ -30,6 +34,7 @@ lint: .venv/test
 notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_qwen
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_classifier
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
 bench: .venv/bench .venv-verl/bench

@@ -131,7 +131,9 @@ def find_ways_out(root: Path) -> list[str]:
     for recipe in list_recipes(root):
         for file in list_python(root, recipe):
             for place, tree in parse_python(root, file):
-                findings += [f"{place}:{line}: {what}" for line, what in find_ways_out_in_python(root, recipe, file, tree)]
+                findings += [
+                    f"{place}:{line}: {what}" for line, what in find_ways_out_in_python(root, recipe, file, tree)
+                ]
         for file in recipe_files(root, recipe):
             if not file.endswith(".sh"):
                 continue

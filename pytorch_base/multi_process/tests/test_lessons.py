@@ -1,0 +1,243 @@
+"""Every command of the readme, run in a copy of the folder: what it prints, the numbers of its proof, what it leaves.
+
+Each lesson asserts its own claims; here the numbers are read once more, the tables are looked at, and lessons in which
+something is broken on purpose have to fail.
+"""
+
+import ast
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+FOLDER = Path(__file__).parents[1]
+WRITTEN_BY_RUNS = shutil.ignore_patterns("output", "tests", "__pycache__", ".*_cache")
+# Command -> what has to be printed. A group is a number, and its bound stands behind: it has to be below.
+SHOWN = {
+    "python code01_processes.py": [
+        r"fork child +\d+ +(?P<parent>\d+) +3\n(.*\n)*spawn child +\d+ +(?P=parent) +2\n",
+        r"over a pipe: 3 4 -> 9 16\n",
+        r"a pool of 2: squares \[0, 1, 4, 9, 16, 25, 36, 49\]",
+        r"proof: lines seen {'fork': 3, 'forkserver': 2, 'spawn': 2}; with lock 2000 of 2000, without 1 of 2; exits 3 7 -9\n",
+    ],
+    "python code02_shared_memory.py": [
+        r"by the queue +\d+ +True +\[1\.0, 2\.0, 3\.0, 0\.0\]\na clone of it +\d+ +False +nothing\n",
+        r"by a name +\d+ +True +\[8\.0, 9\.0, 0\.0, 0\.0\]\n",
+        r"steps by process: \[300, 300\], weights \[1\.0, 2\.0, 3\.0, 4\.0\]\n",
+        (r"proof: (\S+) bytes sent for 4,000,000, .* loss \d+\.\d -> (\S+)\n", 1000, 1e-4),
+    ],
+    "python code03_send_recv.py": [
+        r"backend gloo, world size 3",
+        r" 0 +\d+ +3  \[20\.0, 21\.0\] +\[\]\n +1 +\d+ +0  \[0\.0, 1\.0\] +\[\[0\.0, 1\.0, 2\.0\], \[3\.0, 4\.0, 5\.0\]\]\n",
+        r"proof: the token comes back as 3 ",
+    ],
+    "python code04_collectives.py": [
+        r"broadcast .*\n.*\n +0 +0 +1 +2 +-> +10 +11 +12\n +1 +10 +11 +12 +-> +10 +11 +12\n +2 +20 +21 +22 +-> +10 +11 +12\n",
+        r"scatter .*\n.*\n +0 +0 +1 +2 +-> +0\n +1 +-> +1\n +2 +-> +2\n",
+        r"\ngather .*\n.*\n +0 +0 +-> +0 +10 +20\n +1 +10 +-> \n +2 +20 +-> \n",
+        r"\nreduce to .*\n.*\n +0 +0 +1 +2 +-> +30 +33 +36\n +1 +10 +11 +12 +-> \n",
+        r"all_reduce .*\n.*\n( +\d.*-> +30 +33 +36\n){3}",
+        r"all_gather\n.*\n( +\d.*-> +0 +10 +20\n){3}",
+        r"reduce_scatter .*\n.*\n +0 +0 +1 +2 +-> +30\n +1 +10 +11 +12 +-> +33\n +2 +20 +21 +22 +-> +36\n",
+        r"all_to_all\n.*\n +0 +0 +1 +2 +-> +0 +10 +20\n +1 +10 +11 +12 +-> +1 +11 +21\n +2 +20 +21 +22 +-> +2 +12 +22\n",
+        r"barrier .*\n.*\n +0 +0 +-> +\d+\n",
+        r"proof: 9 of 9 collectives end on 3 ranks as they should, over gloo\n",
+    ],
+    "bash run_code05.sh": [
+        r"\+ exec torchrun .*code05_torchrun\.py\n",
+        r"RANK +0 +1\n +LOCAL_RANK +0 +1\n +WORLD_SIZE +2 +2\n +LOCAL_WORLD_SIZE +2 +2\n",
+        r"all_to_all\n.*\n +0 +0 +1 +-> +0 +10\n +1 +10 +11 +-> +1 +11\n",
+        r"proof: 9 of 9 collectives end on 2 ranks as they should, over gloo\n",
+    ],
+    "python code07_data_parallel.py": [
+        r" 0  0 2 4 6 +1 3 5 +(\d\.\d+) +\1 +(?!\1)\d\.\d+\n",
+        r" 2  14 {20,}(\d\.\d+) +\1 +(?!\1)\d\.\d+\n",
+        (r"proof: after 15 steps 2 ranks differ from one process by (\S+); ", 1e-12),
+        r"with the mean of means they would by \d\.\de-0[123]\n",
+    ],
+    "bash run_code08.sh": [
+        r"each gradient +48 +0 .*\nbuckets, after +6 +0 .*\nbuckets, by hooks +6 +5 .*\nDDP +\d+ +[1-9]",
+        (r"proof: 48 all-reduces became 6, 5 begun early; off DDP (\S+)\n", 1e-6),
+    ],
+    "python code09_zero.py": [
+        r"DDP +after backward +131,072 +131,072 +262,144 +524,288  all_reduce 1\n",
+        r"ZeRO-1 in backward +131,072 +131,072 +131,072 .*\n.* 393,216  all_gather 1 reduce_scatter 1\n",
+        r"ZeRO-2 in backward +131,072 +81,920 +131,072 .*\n.* +131,072 +65,536 .* all_gather 1 reduce_scatter 1\n",
+        r"ZeRO-3 in backward +98,304 +81,920 +131,072 .*\n.* +65,536 +65,536 .* all_gather 2 reduce_scatter 1\n",
+        (r"proof: .* \[524288, 393216, 327680, 262144\] bytes after backward; weights within (\S+)\n", 1e-12),
+    ],
+    "python code10_fsdp2.py": [
+        r"rank 1 holds 3,600 of 7,200 bytes, \(12, 24\) of the first weight: \(Shard\(dim=0\),\)\n",
+        r"files: \.metadata __0_0\.distcp __1_0\.distcp\n",
+        r"rank 2 holds 2,400 of 7,200 bytes, \(8, 24\)",
+        r" 3 +(0\.\d{6})\d\d +\1\d\d\n",
+        (r"proof: 18 of 18 tensors read bit for bit; 3 steps later within (\S+)\n", 1e-6),
+    ],
+    "python code11_tensor_parallel.py": [
+        r"first weight's +\[16, 8\] .*\nfirst bias's +\[16\] .*\nsecond weight's +\[8, 16\] ",
+        r"parameters on a rank: 280 of 552; all-reduces by hand: forward backward\n",
+        (r"proof: output and all gradients within (\S+) by hand, (\S+) by torch\n", 1e-12, 1e-12),
+    ],
+    "python code12_pipeline.py": [
+        r"stage 2 \.+A+\.*B+\.*C+\.*D+\.*E+\.*F+\.*a+\.*b+\.*c+\.*d+\.*e+\.*f+\.* keeps 6\n",
+        r"stage 2 \.+A+\.*a+\.*B+\.*b+\.*C+\.*c+\.*D+\.*d+\.*E+\.*e+\.*F+\.*f+\.* keeps 1\n",
+        r"bubble \d+\.\d%; \(p - 1\) / \(m \+ p - 1\) = 25\.0%\n",
+        (r"proof: gradients within (\S+) of .*{'GPipe': \[6, 6, 6\], '1F1B': \[3, 2, 1\]}\n", 1e-12),
+    ],
+    "python code13_ring_attention.py": [
+        r"bytes of scores at a time: 8,192; in full 73,728\n",
+        r" 0  0 .*\n +1  1 0 .*\n +2  2 1 0 ",
+        (r"proof: output and gradients within (\S+) of full attention, with 1/9 of its scores\n", 1e-5),
+    ],
+    "python code14_failure.py": [
+        r"rank 2 dies; exit codes \[1, 1, 13\]\n  rank 0 after .* s: (?!none|Timed out).*\n",
+        r"rank 2 hangs; exit codes \[1, 1, -9\]\n(.*\n){0,1}  rank [01] after .* s: Timed out waiting 2000ms",
+        r"\[Rank 0\]: Rank 2 failed to pass monitoredBarrier in 2000 ms\n",
+        r"proof: a death is seen after .* monitored_barrier names rank 2\n",
+    ],
+    "bash run_code14.sh": [
+        r"attempt 0: 2 ranks begin with step 0\n(.*\n)*rank 1: dies in step 7\n(.*\n)*attempt 1: 2 ranks begin with step 6\n",
+        r"with the restart +(\[.*\])\n +without a failure +\1\n",
+        r"proof: 1 restart, from step 6 of 10; weights and momentum are equal bit for bit\n",
+    ],
+}
+# Lesson -> what is broken in it.
+BROKEN = {
+    "code07_data_parallel.py": ("own = rows[rank::WORLD]", "own = rows[0::WORLD]"),
+    "code09_zero.py": ('calls.append("reduce_scatter")\n', 'calls.append("reduce_scatter")\n    full = full * WORLD\n'),
+    "code11_tensor_parallel.py": ("        dist.all_reduce(gradient)\n", ""),
+    "code12_pipeline.py": ("/ MICRO if rank", "/ 1 if rank"),
+    "code13_ring_attention.py": ("output = output * shrink +", "output = output +"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder as a user may have it: copied out, with nothing that a run has written, under an awkward name."""
+    return shutil.copytree(FOLDER, tmp_path / "别处 elsewhere" / "multi_process", ignore=WRITTEN_BY_RUNS)
+
+
+def start(command: str, folder: Path, **variables: str) -> subprocess.Popen:
+    """Starts a command of the readme from another folder, with a mark that all its processes inherit."""
+    program, file = command.split()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if not re.match("PYTHON|MASTER_|GLOO_|NPROC", name)}
+    environment = {**kept, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": uuid.uuid4().hex, **variables}
+    process = subprocess.Popen(
+        [sys.executable if program == "python" else program, str(folder / file)],
+        cwd=folder.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    process.mark = environment["RUN_MARK"]
+    return process
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed. Ends what is left by the ids of the processes, and complains of it."""
+    timed_out = False
+    try:
+        text, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    left = []
+    deadline = time.time() + 5  # helpers of multiprocessing end when they see that the program has
+    while (left := find_processes(process.mark)) and not timed_out and time.time() < deadline:
+        time.sleep(0.1)
+    for one in left:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+    if timed_out:
+        text, _ = process.communicate()
+    assert not timed_out and not left, f"timed out: {timed_out}, left: {left}\n{text}"
+    return text
+
+
+def find_processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RUN_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def check(text: str, patterns: list) -> None:
+    for pattern in patterns:
+        pattern, *bounds = (pattern,) if isinstance(pattern, str) else pattern
+        found = re.search(pattern, text)
+        assert found, f"{pattern}\nis not in\n{text}"
+        for number, bound in zip(found.groups() if bounds else (), bounds, strict=True):
+            assert float(number) < bound, f"{number} should be below {bound}\n{text}"
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_lesson_proves_its_point_and_leaves_no_process(command, folder):
+    process = start(command, folder)
+    text = finish(process)
+    assert process.returncode == 0, text
+    check(text, SHOWN[command])
+
+
+def test_two_nodes_form_one_job(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    second = start("bash run_code062.sh", folder, MASTER_PORT=port)  # may come first: it waits
+    first = start("bash run_code061.sh", folder, MASTER_PORT=port)
+    texts = [finish(first), finish(second)]
+    assert (first.returncode, second.returncode) == (0, 0), texts
+    for node, text in enumerate(texts):
+        assert f"this is node {node} of 2\n" in text
+        check(
+            text,
+            [r"\n +2 +1 +0 +\d+ +\S+ +100 +1100 +1111 +1111\n", r"proof: 2 launchers, 4 ranks, one job: 11 \+ 1100 "],
+        )
+
+
+@pytest.mark.parametrize("lesson", BROKEN)
+def test_broken_lesson_fails(lesson, folder):
+    path, (right, wrong) = folder / lesson, BROKEN[lesson]
+    assert path.read_text().count(right) == 1
+    path.write_text(path.read_text().replace(right, wrong))
+    process = start(f"python {lesson}", folder)
+    text = finish(process)
+    assert process.returncode == 1 and "AssertionError" in text and "proof:" not in text, text
+
+
+def test_lesson_for_torchrun_says_how_to_start_it(folder):
+    process = start("python code05_torchrun.py", folder)
+    assert finish(process) == "error: this lesson needs torchrun to start it: bash run_code05.sh\n"
+    assert process.returncode == 1
+
+
+def test_lessons_are_short_and_share_nothing():
+    lessons = sorted(FOLDER.glob("*.py"))
+    names = {path.stem for path in lessons}
+    for path in lessons:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") < 120, path.name
+        for node in ast.walk(ast.parse(text)):
+            imported = {alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)}
+            imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+            assert not imported & names, path.name
+    for path in FOLDER.glob("*.sh"):
+        assert path.read_text().count("\n") < 50, path.name
+
+
+def test_readme_has_every_command():
+    blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "readme.md").read_text(encoding="utf-8"), re.S)
+    commands = re.findall(r"(?m)^((?:python|bash) code\S+|bash run_code\S+|python code\S+)", "\n".join(blocks))
+    assert {*SHOWN, "bash run_code061.sh", "bash run_code062.sh"} == set(commands)

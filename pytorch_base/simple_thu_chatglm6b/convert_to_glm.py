@@ -1,0 +1,244 @@
+"""Turns a ChatGLM2-6B or ChatGLM3-6B folder into one of GLM-4's class, which Transformers has: no remote code needed.
+
+    python convert_to_glm.py my_chatglm3-6b my_chatglm3-glm
+    MODEL=my_chatglm3-glm DATA=my_data bash train_zero2.sh
+
+The two compute the same: both rotate the first half of each head in neighbouring pairs, and pack gate and up into one
+matrix. Only the names differ, and ChatGLM packs query, key and value. `code03_chatglm2.py` proves it.
+ChatGLM-6B, the first one, is another model (`code04_prefix_lm.py`) and is refused.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
+
+from rows import UserError
+
+# Ids from the end of the vocabulary on, in this order (ChatGLM2 has the first five only). sop and eop get GLM-4's
+# names: as they were, they would be found inside of words.
+CONTROL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+CHATGLM3_TEMPLATE = """[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>
+ {{ message.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+CHATGLM2_TEMPLATE = """[gMASK]<sop>{% for message in messages %}{% if message.role == "user" %}\
+[Round {{ loop.index0 // 2 + 1 }}]
+
+问：{{ message.content }}
+
+答：{% elif message.role == "assistant" %} {{ message.content }}{% if not loop.last %}
+
+{% endif %}{% else %}{{ raise_exception("ChatGLM2 knows user and assistant only") }}{% endif %}{% endfor %}"""
+
+# Settings under which GLM-4's class computes the same, and where else the two would part.
+EXPECTED = {
+    "multi_query_attention": (True, "query, key and value would be packed head by head"),
+    "rmsnorm": (True, "GLM-4's class has no LayerNorm"),
+    "apply_residual_connection_post_layernorm": (False, "GLM-4's class adds to what came into the norm"),
+    "post_layer_norm": (True, "GLM-4's class ends with a norm"),
+    "add_bias_linear": (False, "GLM-4's class has no biases but those of query, key and value"),
+    "rope_ratio": (1, "some releases divide the positions by it and others multiply the base of the angles"),
+    "quantization_bit": (0, "its weights are packed integers; convert the release in half precision"),
+    "pre_seq_len": (None, "it has a trained prefix, which GLM-4's class doesn't read"),
+}
+PROBES = [
+    "你好，世界！",
+    "  two  spaces\n\n\ttab",
+    "鑫淼𠮷🙂 ½",
+    "[Round 1]\n\n问：1+1=?\n\n答：2",
+    "def f(x):\n    return x",
+]
+
+
+def read_config(folder: Path) -> GlmConfig:
+    """GLM-4's settings for a ChatGLM2/3 folder.
+
+    Raises:
+        UserError: it is no such folder, or a setting that GLM-4's class can't have.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: there is no config.json in it. Give the folder of the downloaded model.")
+    old = json.loads((folder / "config.json").read_text("utf-8"))
+    if old.get("model_type") != "chatglm" or "multi_query_group_num" not in old:
+        raise UserError(
+            f"{folder}: no ChatGLM2-6B or ChatGLM3-6B. GLM-4 (the -hf releases) needs no conversion; ChatGLM-6B is "
+            "another model, with prefix attention and two positions a token, and can't be converted."
+        )
+    for name, (expected, otherwise) in EXPECTED.items():
+        if (value := old.get(name, expected)) != expected:
+            raise UserError(f"{folder}/config.json: {name} is {value}, not {expected}: {otherwise}. Not converted.")
+    return GlmConfig(
+        vocab_size=old["padded_vocab_size"],
+        hidden_size=old["hidden_size"],
+        intermediate_size=old["ffn_hidden_size"],
+        num_hidden_layers=old["num_layers"],
+        num_attention_heads=old["num_attention_heads"],
+        num_key_value_heads=old["multi_query_group_num"],
+        head_dim=old["kv_channels"],
+        rms_norm_eps=old["layernorm_epsilon"],
+        attention_bias=old["add_qkv_bias"],
+        attention_dropout=old["attention_dropout"],
+        max_position_embeddings=old["seq_length"],
+        tie_word_embeddings=old.get("tie_word_embeddings", False),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        bos_token_id=None,
+        eos_token_id=None,  # known with the tokenizer
+        pad_token_id=None,
+        dtype=old.get("torch_dtype", "float16"),
+    )
+
+
+def rename(name: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torch.Tensor]:
+    """What one tensor of ChatGLM2/3 is called in GLM-4's class.
+
+    Query, key and value, [(heads + 2 groups) * head_dim, ...], become three.
+
+    Raises:
+        UserError: a name that ChatGLM2/3 doesn't have.
+    """
+    outer = {
+        "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "transformer.encoder.final_layernorm.weight": "model.norm.weight",
+        "transformer.output_layer.weight": "lm_head.weight",
+    }
+    inner = {
+        "self_attention.dense.weight": "self_attn.o_proj.weight",
+        "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
+        "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
+        "input_layernorm.weight": "input_layernorm.weight",
+        "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    }
+    if name == "transformer.rotary_pos_emb.inv_freq":  # computed, not learned
+        return {}
+    if name in outer:
+        return {outer[name]: tensor}
+    layer, _, part = name.removeprefix("transformer.encoder.layers.").partition(".")
+    if part in inner:
+        return {f"model.layers.{layer}.{inner[part]}": tensor}
+    module, _, kind = part.rpartition(".")
+    if module != "self_attention.query_key_value":
+        raise UserError(f"{name}: ChatGLM2 and ChatGLM3 have no such weight.")
+    groups = config.num_key_value_heads * config.head_dim
+    parts = tensor.split([config.num_attention_heads * config.head_dim, groups, groups])
+    return {
+        f"model.layers.{layer}.self_attn.{letter}_proj.{kind}": part.contiguous()
+        for letter, part in zip("qkv", parts, strict=True)
+    }
+
+
+def read_shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The files of weights, one at a time; pickled ones are read as tensors only, never as code."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder}: there is neither a .safetensors nor a pytorch_model*.bin file in it.")
+    for file in files:
+        is_safe = file.suffix == ".safetensors"
+        yield load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+
+
+def convert_weights(source: Path, target: Path, config: GlmConfig) -> None:
+    """Writes the weights file by file, so that one of them is in memory at a time.
+
+    Raises:
+        UserError: a weight is missing, is too many, or has another shape than the configuration says.
+    """
+    with torch.device("meta"):
+        missing = {name: tensor.shape for name, tensor in GlmForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del missing["lm_head.weight"]
+    weight_map, total = {}, 0
+    for number, shard in enumerate(read_shards(source), start=1):
+        new = {}
+        for name, tensor in shard.items():
+            new |= rename(name, tensor, config)
+        for name, tensor in new.items():
+            if missing.pop(name, None) != tensor.shape:
+                raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, which config.json doesn't allow.")
+            weight_map[name] = f"model-{number:05d}.safetensors"
+            total += tensor.nbytes
+        save_file(new, target / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, {next(iter(missing))} among them: all files?")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def fast_tokenizer(processor: SentencePieceProcessor) -> Tokenizer:
+    """A SentencePiece BPE as a fast tokenizer: what merges first is the piece with the better score."""
+    scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(len(processor))}
+    vocab = {piece: number for number, piece in enumerate(scores)}
+    merges = [
+        (-score, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    merges = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
+    fast = Tokenizer(models.BPE(vocab, merges, unk_token=processor.id_to_piece(0), fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return fast
+
+
+def convert_tokenizer(source: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer with its control tokens and chat template, checked against SentencePiece's own ids.
+
+    Raises:
+        UserError: a file is missing, or the two tokenise a probe differently.
+    """
+    for name in ("tokenizer.model", "tokenization_chatglm.py"):
+        if not (source / name).is_file():
+            raise UserError(f"{source}: there is no {name} in it. Download the whole folder; no code of it is run.")
+    has_roles = "<|assistant|>" in (source / "tokenization_chatglm.py").read_text("utf-8")
+    processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    fast = fast_tokenizer(processor)
+    for probe in PROBES:
+        if (ours := fast.encode(probe).ids) != (theirs := processor.encode(probe)):
+            raise UserError(f"{source}/tokenizer.model: {probe!r} gives {ours}, SentencePiece {theirs}. Not converted.")
+    added = CONTROL_TOKENS + (ROLE_TOKENS if has_roles else [])
+    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token=processor.id_to_piece(0),
+        eos_token="</s>",
+        pad_token=processor.id_to_piece(0),
+        chat_template=CHATGLM3_TEMPLATE if has_roles else CHATGLM2_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def convert(source: Path, target: Path) -> None:
+    """Writes `target`; raises UserError where something can't be converted exactly, and for a target that is there."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
+    config = read_config(source)
+    tokenizer = convert_tokenizer(source)
+    ends = [token for token in ("</s>", "<|user|>", "<|observation|>") if token in tokenizer.get_vocab()]
+    config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = ["GlmForCausalLM"]
+    target.mkdir(parents=True, exist_ok=True)
+    convert_weights(source, target, config)
+    tokenizer.save_pretrained(target)
+    config.save_pretrained(target)  # last: a folder without it is no model yet
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of ChatGLM2-6B or ChatGLM3-6B, as downloaded")
+    parser.add_argument("target", type=Path, help="folder to write, new or empty")
+    options = parser.parse_args()
+    try:
+        convert(options.source, options.target)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{options.target}: written; train it with MODEL={options.target} bash train_zero2.sh")

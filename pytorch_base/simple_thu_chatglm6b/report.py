@@ -1,0 +1,179 @@
+"""What a user sees of a run: the first screen, the progress bar, train_results.json and loss.png."""
+
+import html
+import itertools
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback
+
+from data import IGNORE_INDEX, column
+
+# Dense bf16 TFLOP/s from NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H200": 989,
+    "H20": 148,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+
+def show_labels(tokenizer, input_ids: list[int], labels: list[int]) -> str:
+    """The conversation as the model reads it, with what it is trained on between ⟦ and ⟧."""
+    pieces, start = [], 0
+    for position in range(1, len(input_ids) + 1):
+        supervised = labels[start] != IGNORE_INDEX
+        if position == len(input_ids) or (labels[position] != IGNORE_INDEX) != supervised:
+            piece = tokenizer.decode(input_ids[start:position])
+            pieces.append(f"⟦{piece}⟧" if supervised else piece)
+            start = position
+    return "".join(pieces)
+
+
+def labels_as_html(tokenizer, input_ids: list[int], labels: list[int]) -> str:
+    """The same for a notebook: what the model is trained on stands in colour."""
+    text = html.escape(show_labels(tokenizer, input_ids, labels)).replace("\n", "<br>")
+    return f"<p>{text.replace('⟦', '<mark>').replace('⟧', '</mark>')}</p>"
+
+
+def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messages: list[str]) -> None:
+    """One screen, before the first step: what is trained, on what, how, and the first sample with its labels."""
+    args, parameters = trainer.args, list(trainer.model.parameters())
+    # Under ZeRO-3 a parameter is an empty shell that knows its whole size as ds_numel.
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+    trainable = sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad)
+    sampler = trainer.get_train_dataloader().batch_sampler
+    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    lengths = column(trainer.train_dataset, "length")
+    batches = [lengths[batch] for batch in itertools.islice(sampler, 1000) if batch]
+    padding = 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    notes = {
+        "bad rows skipped (bad_rows.jsonl)": summary["bad_rows"],
+        "copies of held-out rows taken out": summary["copies_of_held_out_rows_removed"],
+        "duplicates among the training rows, kept": summary["duplicates_kept"],
+        "rows that lost early turns to fit": summary["rows_that_lost_early_turns"],
+        "keys that were not used": summary["unused_keys"],
+    }
+    lines = [
+        f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
+        f"samples     {summary['rows']:,} to train on, {summary['held_out_rows']:,} held out",
+        f"tokens      {summary['tokens']:,} an epoch, {summary['supervised_tokens']:,} of them supervised",
+        f"padding     none (padded batches would be {padding:.0%} padding)",
+        f"steps       {steps:,} of {args.per_device_train_batch_size} rows x {args.world_size} processes"
+        f" x {args.gradient_accumulation_steps} accumulation",
+        f"devices     {args.world_size} x {device}, {precision}",
+        *(f"note        {count}: {text}" for text, count in notes.items() if count),
+        *(f"note        {message}" for message in messages),
+        "first sample, what is learned between ⟦ and ⟧:",
+        show_labels(tokenizer, trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["labels"]),
+    ]
+    print("\n".join(lines), flush=True)
+
+
+class SpeedProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss and the tokens per second beside the remaining time."""
+
+    def __init__(self, tokens_per_epoch: int):
+        super().__init__()
+        self.tokens_per_epoch = tokens_per_epoch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.start, self.start_epoch = time.time(), state.epoch or 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            tokens = (state.epoch - self.start_epoch) * self.tokens_per_epoch
+            speed = tokens / (time.time() - self.start)
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
+        elif "eval_loss" in logs:
+            self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   held-out loss {logs['eval_loss']:.4f}")
+
+
+def training_flops(model, tokens: float, supervised_tokens: float) -> float:
+    """Operations of the matrix products with the weights, without what checkpointing does twice.
+
+    A weight takes 2 operations a token forward, 2 for the gradient of its input, and 2 for its own where it is trained
+    (Kaplan et al., "Scaling Laws for Neural Language Models", 2020). The head sees the supervised tokens only, the
+    input embedding multiplies nothing, and attention's own products are left out.
+    """
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    flops = 0
+    for weight in model.parameters():
+        if weight is embedding and weight is not head:
+            continue
+        size = getattr(weight, "ds_numel", weight.numel())
+        flops += (6 if weight.requires_grad else 4) * size * (supervised_tokens if weight is head else tokens)
+    return flops
+
+
+def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict:
+    """Writes train_results.json and loss.png into output_dir and returns what the former holds.
+
+    Args:
+        steps: optimizer steps taken by this process, which a resumed run did not all take.
+    """
+    args, history = trainer.args, trainer.state.log_history
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    seconds = train_metrics["train_runtime"]
+    tokens = summary["tokens"] * trainer.state.epoch * steps / trainer.state.global_step
+    results = {
+        "steps": trainer.state.global_step,
+        "train_loss": train_metrics["train_loss"],
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    if held_out:
+        before, after = held_out[0], held_out[-1]
+        if args.load_best_model_at_end and trainer.state.best_global_step:
+            after = next(entry for entry in held_out if entry["step"] == trainer.state.best_global_step)
+        results |= {
+            "eval_loss_before": before["eval_loss"],
+            "eval_loss_after": after["eval_loss"],
+            "eval_loss_best": min(entry["eval_loss"] for entry in held_out),
+            "perplexity_before": before["eval_perplexity"],
+            "perplexity_after": after["eval_perplexity"],
+            "best_checkpoint": trainer.state.best_model_checkpoint,
+        }
+    if args.device.type == "cuda":
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+        if peak:
+            supervised_tokens = tokens * summary["supervised_tokens"] / summary["tokens"]
+            flops = training_flops(trainer.model, tokens, supervised_tokens)
+            results["mfu"] = flops / seconds / (args.world_size * peak * 1e12)
+    else:
+        results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    Path(args.output_dir, "train_results.json").write_text(json.dumps(results, indent=2))
+    plot_loss(history).savefig(Path(args.output_dir, "loss.png"), dpi=120)
+    return results
+
+
+def plot_loss(history: list[dict]):
+    """The training and held-out loss by step, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    return figure

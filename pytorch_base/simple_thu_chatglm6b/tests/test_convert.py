@@ -1,0 +1,154 @@
+"""A ChatGLM2/3 folder becomes GLM-4's class with the same logits and tokens, or is refused with the reason."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from code03_chatglm2 import chatglm2_forward, write_checkpoint
+from conftest import RECIPE, losses, make_conversations, train_here, write_rows
+from convert_to_glm import convert
+from data import encode_conversation
+from rows import UserError
+
+TURNS = [{"role": "user", "content": "你好 world"}, {"role": "assistant", "content": "好的  ½"}]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chatglm3", "chatglm2"])
+def converted(request, tmp_path_factory):
+    """Whether it is ChatGLM3's form, the folder as downloaded, its weights, the folder as converted."""
+    folder = tmp_path_factory.mktemp("convert")
+    weights = write_checkpoint(folder / "old", roles=request.param)
+    convert(folder / "old", folder / "new")
+    return request.param, folder / "old", weights, folder / "new"
+
+
+def test_logits_are_those_of_the_reference_forward_pass(converted):
+    _, _, weights, new = converted
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    input_ids = torch.randint(0, 512, (200,), generator=torch.Generator().manual_seed(0))
+    expected = chatglm2_forward(weights, input_ids)
+    with torch.no_grad():
+        logits = model(input_ids[None]).logits[0]
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_tokens_are_those_of_sentencepiece_with_chatglms_ids(converted):
+    roles, old, _, new = converted
+    tokenizer = AutoTokenizer.from_pretrained(new)
+    processor = SentencePieceProcessor(model_file=str(old / "tokenizer.model"))
+    text = "你好，  世界！\n\n鑫 hello 🙂"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == processor.encode(text)
+    assert tokenizer.decode(processor.encode(text)) == text
+    size = len(processor)
+    assert tokenizer.convert_tokens_to_ids(["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]) == [
+        *range(size, size + 5)
+    ]
+    ids = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_dict=False)
+    if roles:
+        assert tokenizer.convert_tokens_to_ids(["<|system|>", "<|observation|>"]) == [size + 5, size + 8]
+        # ChatGLM3's own code encodes "\n" and the text apart, each with a leading space.
+        assert ids == [size + 1, size + 3, size + 6, *processor.encode("\n"), *processor.encode("你好 world"), size + 7]
+    else:
+        assert ids == [size + 1, size + 3, *processor.encode("[Round 1]\n\n问：你好 world\n\n答：")]
+
+
+def test_labels_are_the_replies(converted):
+    roles, _, _, new = converted
+    tokenizer = AutoTokenizer.from_pretrained(new)
+    _, labels = encode_conversation(TURNS + TURNS, tokenizer)
+    learned = tokenizer.decode([label for label in labels if label != -100]).replace("\n", "")
+    assert learned.split("<|user|>" if roles else " 好")[0].strip() in ("好的  ½", "")
+    assert learned.count("好的  ½") == 2 and learned.endswith("</s>")
+    system = [{"role": "system", "content": "天"}]
+    if roles:
+        encode_conversation(system + TURNS, tokenizer)
+    else:
+        with pytest.raises(UserError, match="the chat template refuses it: ChatGLM2 knows user and assistant only"):
+            encode_conversation(system + TURNS, tokenizer)
+
+
+def test_what_is_converted_can_be_trained(converted, tmp_path, monkeypatch):
+    _, _, _, new = converted
+    rows = [row for row in make_conversations(30) if row["messages"][0]["role"] == "user"]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = f"--model_name_or_path {new} --data_path {data} --output_dir {tmp_path / 'out'} --use_lora true"
+    flags += " --num_train_epochs 4 --per_device_train_batch_size 4 --learning_rate 1e-2 --logging_steps 1"
+    train_here(monkeypatch, *flags.split(), "--save_strategy", "no")
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_pickled_shards_are_read_as_tensors_only(tmp_path):
+    weights = write_checkpoint(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    names = sorted(weights)
+    for number, part in enumerate((names[:7], names[7:]), start=1):
+        torch.save(
+            {name: weights[name] for name in part}, tmp_path / "old" / f"pytorch_model-0000{number}-of-00002.bin"
+        )
+    convert(tmp_path / "old", tmp_path / "new")
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model-00001.safetensors", "model-00002.safetensors"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    groups = weights["transformer.encoder.layers.1.self_attention.query_key_value.bias"][64:96]
+    assert torch.equal(model.model.layers[1].self_attn.k_proj.bias, groups)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"rope_ratio": 50}, "rope_ratio is 50, not 1: some releases divide the positions"),
+        ({"multi_query_attention": False}, "multi_query_attention is False"),
+        ({"quantization_bit": 4}, "its weights are packed integers"),
+        ({"model_type": "glm"}, r"no ChatGLM2-6B or ChatGLM3-6B. GLM-4 .* needs no conversion"),
+    ],
+)
+def test_what_would_differ_is_refused(changed, reason, tmp_path):
+    write_checkpoint(tmp_path / "old", **changed)
+    with pytest.raises(UserError, match=reason):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_first_chatglm_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "position_encoding_2d": True}))
+    with pytest.raises(UserError, match="another model, with prefix attention"):
+        convert(tmp_path, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights.pop("transformer.output_layer.weight"), "1 weights are missing, lm_head.weight"),
+        (lambda weights: weights.update({"transformer.prefix": torch.ones(1)}), "transformer.prefix: ChatGLM2 and"),
+        (
+            lambda weights: weights.update({"transformer.output_layer.weight": torch.ones(3, 64)}),
+            r"lm_head.weight has shape \[3, 64\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, reason, tmp_path):
+    write_checkpoint(tmp_path / "old")
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "old" / "model.safetensors")
+    with pytest.raises(UserError, match=reason):
+        convert(tmp_path / "old", tmp_path / "new")
+
+
+def test_a_folder_that_is_in_use_or_not_whole_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "old")
+    with pytest.raises(UserError, match="is not an empty folder"):
+        convert(tmp_path / "old", tmp_path / "old")
+    (tmp_path / "old" / "tokenization_chatglm.py").unlink()
+    command = [sys.executable, "convert_to_glm.py", str(tmp_path / "old"), str(tmp_path / "new")]
+    run = subprocess.run(command, cwd=RECIPE, capture_output=True, text=True)
+    assert run.returncode == 1 and "there is no tokenization_chatglm.py in it" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,155 @@
+"""What is GLM's own: labels under its template, one loss however rows are laid out, adapters on its packed layers."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from batch import BalancedBatchSampler
+from conftest import RECIPE, losses, run_train, train_here
+from data import column, encode_conversation, load_encoded
+from infer import load_chat_model, reply_batch
+from model import GLM4_CONTROL_TOKENS
+from rows import UserError
+
+COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --num_train_epochs 1"
+CONVERSATION = [
+    {"role": "system", "content": "天地"},
+    {"role": "user", "content": "玄黄"},
+    {"role": "assistant", "content": "宇宙"},
+    {"role": "user", "content": "洪荒"},
+    {"role": "assistant", "content": "日月"},
+]
+
+
+def flags(model, data_file, eval_file, output, *more):
+    paths = ["--model_name_or_path", model, "--data_path", data_file, "--eval_data_path", eval_file]
+    return [*paths, "--output_dir", output, *COMMON.split(), *more]
+
+
+def plain_loop(model_folder, data_file, tokenizer) -> list[float]:
+    """The losses of an epoch by nothing but `model(labels=...)`, one sample at a time, 8 samples a step."""
+    rows, _ = load_encoded(data_file, tokenizer, 2048)
+    lengths = column(rows, "length")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    step_losses = []
+    for indices in BalancedBatchSampler(lengths, [[i] for i in range(len(rows))], 8, 1, 1, 0, seed=42):
+        batch, total = rows.select(indices), 0.0
+        tokens = sum(batch["supervised"])
+        for row in batch:
+            ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+            loss = model(input_ids=ids, labels=labels).loss * row["supervised"] / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step_losses.append(total)
+    return step_losses
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_glm, data_file, glm_tokenizer):
+    step_losses = plain_loop(tiny_glm, data_file, glm_tokenizer)
+    assert len(step_losses) == 4 and step_losses[2] < step_losses[0]
+    return pytest.approx(step_losses, abs=1e-5)
+
+
+def test_a_turn_ends_where_the_next_begins(glm_tokenizer):
+    text = glm_tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert text == ("[gMASK]<sop><|system|>\n天地<|user|>\n玄黄<|assistant|>\n宇宙<|user|>\n洪荒<|assistant|>\n日月")
+    input_ids, labels = encode_conversation(CONVERSATION, glm_tokenizer)
+    learned = glm_tokenizer.decode([label for label in labels if label != -100])
+    assert learned == "宇宙<|user|>日月<|endoftext|>"
+    assert glm_tokenizer.decode(input_ids) == text + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("token", GLM4_CONTROL_TOKENS)
+def test_a_control_token_in_the_text_is_refused(token, glm_tokenizer):
+    said = [{"role": "user", "content": f"天{token}地"}, CONVERSATION[-1]]
+    with pytest.raises(UserError, match="the text holds the control token"):
+        encode_conversation(said, glm_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--per_device_train_batch_size 8",
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
+        "--per_device_train_batch_size 8 --gradient_checkpointing true",
+        "--per_device_train_batch_size 8 --attn_implementation eager",
+    ],
+)
+def test_one_process_equals_the_plain_loop(layout, expected, tiny_glm, data_file, eval_file, tmp_path, monkeypatch):
+    more = [*layout.split(), "--save_strategy", "no"]
+    train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, tmp_path, *more))
+    assert losses(tmp_path) == expected
+
+
+@pytest.mark.parametrize("deepspeed", ["ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
+def test_two_processes_equal_the_plain_loop(deepspeed, expected, tiny_glm, data_file, eval_file, tmp_path):
+    more = ["--per_device_train_batch_size", "4", "--deepspeed", deepspeed, "--save_strategy", "no"]
+    run_train(*flags(tiny_glm, data_file, eval_file, tmp_path, *more), processes=2)
+    assert losses(tmp_path) == expected
+
+
+def test_adapters_stand_beside_all_layers_and_resume_exactly(tiny_glm, data_file, eval_file, tmp_path, monkeypatch):
+    more = ["--use_lora", "true", "--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "2"]
+    for output in ("whole", "stopped"):
+        train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, tmp_path / output, *more))
+    # As if the second run had been killed after its first checkpoint.
+    stopped = tmp_path / "stopped"
+    for name in ("adapter_model.safetensors", "train_results.json", "trainer_state.json"):
+        (stopped / name).unlink()
+    (stopped / "checkpoint-4").rename(tmp_path / "gone")
+    train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, stopped, *more))
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert adapters[0] == adapters[1]
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_glm)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        tuned = PeftModel.from_pretrained(base, stopped)
+        after = tuned(ids).logits
+        merged = tuned.merge_and_unload()(ids).logits
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged, after, atol=1e-5, rtol=0)
+    layers = json.loads((stopped / "adapter_config.json").read_text())["target_modules"]
+    assert sorted({name.rpartition(".")[2] for name in layers}) == [
+        "down_proj",
+        "gate_up_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+    ]
+
+
+def test_a_reply_stops_at_each_end(tiny_glm):
+    model, tokenizer = load_chat_model(tiny_glm)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
+    assert sorted(model.generation_config.eos_token_id) == sorted(ends)
+    for end in ends:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        model.lm_head.weight.data[end] = 1.0
+
+        def always(_, inputs, output, end=end):
+            output.fill_(0.0)[..., end] = 1.0
+
+        hook = model.lm_head.register_forward_hook(always)
+        assert reply_batch(model, tokenizer, [CONVERSATION[:2]], max_new_tokens=5, temperature=0) == [""]
+        hook.remove()
+
+
+def test_sample_data_is_what_the_readme_says():
+    rows = [
+        row
+        for name in ("extraction", "questions")
+        for row in json.loads((RECIPE / "data" / "alpaca_chinese" / f"{name}.json").read_text("utf-8"))
+    ]
+    assert len(rows) == 612 and all(row.keys() == {"instruction", "input", "output"} for row in rows)
+    assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)

@@ -1,0 +1,140 @@
+"""Each lesson, run by the command that it prints at its top, in a copy of its file alone. Times are never judged."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LESSONS = Path(__file__).parent.parent
+SMALL = r"(0\.0e\+00|\d\.\de-(0[6-9]|[1-9]\d))"  # below 1e-5
+# What a lesson prints, in this order. Numbers in the proof are pinned where no other machine can have others.
+SHOWN = {
+    "code01_tokenizers": [
+        r"𠮷野家的𨋢里，龘字不会读', 38 -> 29: ",
+        r"proof: 100 merges and the tokens of 9 texts equal the library's, every text comes back; 2\.70 bytes a token",
+    ],
+    "code01_unigram": [
+        r"94 pieces, log-likelihood by EM step:  -559\.17  -510\.89  -508\.72\n85 pieces",
+        r"\n江边\|的人\|喜\|欢\|散\|步\n",
+        r"proof: each of 4 EM steps raised the likelihood, by 48\.28 to 0\.00\d+; 11 cuts equal the library's; 1\.28 ",
+    ],
+    "code02_embeddings_rotary": [
+        r"猫 at 10 and at 17 has the same row: True",
+        r"rows with a gradient after 雨后的山: 后山的雨\n",
+        r"\(5, 2\), distance 3: (\S+)\n  \(15, 12\), distance 3: \1\n  \(1005, 1002\), distance 3: \1\n",
+        rf"proof: .*lookup {SMALL}, rotation {SMALL}, linear and YaRN {SMALL}; at one distance .* by \d\.\de-0[5-9]",
+    ],
+    "code03_attention": [
+        r"慢 ■■■■■■■■···· ······■■····\n",
+        r"慢 ····■■■■···· ······■■····\n",
+        r"4 of 4 heads .* 12,288 bytes to keep\n2 of 4 heads .* 6,144 .*\n1 of 4 heads .* 3,072 ",
+        rf"proof: 12 cases differ by at most {SMALL} \(eager\) {SMALL} \(sdpa\) {SMALL} \(F\.scaled_dot",
+    ],
+    "code04_qwen2": [
+        r"tied True: 38 tensors, 112,448 numbers, lm_head in the file: False",
+        r"tied False: 39 tensors, 113,472 numbers, lm_head in the file: True",
+        rf"proof: a block differs from the library's by {SMALL}, a checkpoint's logits by {SMALL}",
+    ],
+    "code05_generation": [
+        r"greedy +今天\S+\nrepetition_penalty +今天\S+\ntemperature +今天\S+ 今天\S+ 今天\S+\n",
+        r"beam +今天\S+\n",
+        rf"proof: 15 texts have the ids of model\.generate, probabilities differ by at most {SMALL}",
+    ],
+    "code05_kv_cache": [
+        r"cache of 148 tokens: 151,552 bytes; .* = 151,552\n",
+        rf"proof: 128 ids .* equal the library's, .* by {SMALL}; 151,552 bytes as by the formula, [\d.]+ times as fast",
+    ],
+    "code06_loss": [
+        r"一年有几个月？十二个 -> 月\n",
+        r"whole batch, 40 labels: (\S+); of the library: \S+\n",
+        r"with 10 and 30 labels:\n  mean of means: .* off by [1-9]\.\de-01\n",
+        rf"proof: .* library's by {SMALL}; .* off by {SMALL} if divided by all tokens, and by \d\d% as a mean of means",
+    ],
+    "code06_chunked_loss": [
+        r"whole +: loss \S+ at most \d,\d{3},\d{3} bytes alive\nin chunks: loss \S+ at most \d,\d{3},\d{3} bytes alive",
+        r"the logits alone have 1,949,696 bytes, a chunk of them 262,144\n",
+        rf"proof: in chunks of 16 tokens .* by {SMALL}, gradients by {SMALL}, with 4\.\d times less memory at the peak",
+    ],
+    "code07_lora": [
+        r"loss of ours: +(\d\.\d\d\d).*\nloss of PEFT's: +\1",
+        r"trained: 3,328 of 79,936 numbers",
+        rf"proof: .* logits {SMALL}, gradients {SMALL}, A and B {SMALL}, merged - unmerged {SMALL}, "
+        rf"merged weights {SMALL}",
+    ],
+    "code08_trainer_loop": [
+        r"step 1: loss (\d\.\d\d)\d+, the Trainer's \1",
+        rf"proof: losses of 9 steps differ by at most {SMALL}, final weights by {SMALL}",
+    ],
+    "code09_mixed_precision": [
+        r"a gradient of 1e-8 in fp16: 0\.0; scaled by 2\^16, in fp16, and back: 1\.00e-08",
+        r"1\.0000 in bf16, 0\.9000 in a master of fp32",
+        rf"proof: of 30 steps \d were left out and \d doubled .* by GradScaler; losses are equal, .* by {SMALL}",
+    ],
+    "code10_gradient_checkpointing": [
+        r"by hand +loss \S+ 250,860 bytes",
+        r"library +loss \S+ 250,860 bytes",
+        rf"proof: gradients differ by at most {SMALL}, by \d\.\de-0[1-4] where .*; 29\.4 times fewer bytes kept",
+    ],
+    "code11_quantisation": [
+        r"weight \[64, 128\]: 32,768 bytes -> 8,448; no number moved by more than 0\.500 steps of its row",
+        r"layers of a Qwen2: 1,183,744 -> 307,200 bytes",
+        rf"proof: int8 weights differ from torch's by {SMALL}; 3\.85 times smaller, logits off by \d\.\d\d%;",
+    ],
+    "code11_nf4": [
+        r"values: -1\.0000 -0\.6962 .* 0\.0000 .* 0\.7230 1\.0000\n",
+        r"4,194,304 bytes: packed 524,288, scale_codes 16,384, outer 256, mean 4\n",
+        rf"proof: values differ from the published by {SMALL}; 4\.127 bits a weight, 7\.75 times smaller;",
+    ],
+    "code12_speculative_sampling": [
+        r"天天地天: 0\.6989 0\.6989 0\.5703\n",
+        r"proof: the probabilities of 81 texts differ from the target's by at most \d\.\de-1\d, by 0\.13 if ",
+    ],
+    "code12_speculative_decoding": [
+        r"村口有一\[棵\S*\]",
+        r"proof: 60 ids equal the target's and the library's; (\d\d) passes .* instead of 60 \(the library: \d\d\), ",
+    ],
+}
+
+
+@pytest.mark.parametrize("lesson", SHOWN)
+def test_lesson_proves_its_point(lesson, tmp_path):
+    source = (LESSONS / f"{lesson}.py").read_text(encoding="utf-8")
+    (tmp_path / f"{lesson}.py").write_text(source, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.run(
+        [sys.executable, f"{lesson}.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,  # the process is killed then
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    printed = process.stdout
+    for pattern in SHOWN[lesson]:
+        found = re.search(pattern, printed)
+        assert found, f"{pattern}\nis not in what is left of the output:\n{printed}"
+        printed = printed[found.start() :]
+    assert printed.startswith("proof: ") and printed.count("\n") == 1, "the proof is not the last line"
+    left = {path.name for path in tmp_path.iterdir()} - {f"{lesson}.py", "__pycache__"}
+    assert not left, f"the lesson leaves {left} behind"
+
+
+def test_every_lesson_is_short_explained_and_alone():
+    names = {path.stem for path in LESSONS.glob("*.py")}
+    assert names == set(SHOWN)
+    readme = (LESSONS / "readme.md").read_text(encoding="utf-8")
+    for name in names:
+        source = (LESSONS / f"{name}.py").read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        assert source.count("\n") < 120, f"{name} is too long"
+        assert f"python {name}.py" in ast.get_docstring(tree), f"{name} doesn't say how to run it"
+        assert f"\npython {name}.py\n" in readme and f"| `{name}.py` |" in readme
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {name for node in nodes for name in ([a.name for a in node.names] + [getattr(node, "module", "")])}
+        assert not imported & names, f"{name} imports another lesson"
