@@ -27,7 +27,7 @@ def join(rank: int, rendezvous: str) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def pass_token(rank: int, device: torch.device) -> list[float]:
+def pass_token(rank: int, device: torch.device) -> float:
     """Once round the ring: each adds its rank to what it gets. Blocking calls, so the order is that of the ring."""
     token = torch.zeros(1, device=device)
     if rank > 0:
@@ -38,7 +38,7 @@ def pass_token(rank: int, device: torch.device) -> list[float]:
     if rank == 0:
         dist.recv(token, src=WORLD - 1)
         received = token.item()
-    return [received]
+    return received
 
 
 def shift(rank: int, device: torch.device) -> list[float]:
@@ -58,7 +58,7 @@ def shift(rank: int, device: torch.device) -> list[float]:
     return incoming.tolist()
 
 
-def ask_for_shape(rank: int, device: torch.device) -> list[float]:
+def ask_for_shape(rank: int, device: torch.device) -> list[list[float]]:
     """The receiver has to know shape and dtype; where it can't, they are sent first."""
     if rank == 0:
         matrix = torch.arange(6.0, device=device).view(2, 3)
@@ -87,15 +87,13 @@ def show(rows: list[list]) -> None:
     print(f"backend {dist.get_backend()}, world size {dist.get_world_size()}; what each rank received:")
     print(f"{'rank':>4} {'pid':>8}  {'token':>5}  {'from the left':14} matrix")
     for rank, (pid, token, shifted, matrix) in enumerate(rows):
-        print(f"{rank:>4} {pid:>8}  {token[0]:>5.0f}  {shifted!s:14} {matrix}")
+        print(f"{rank:>4} {pid:>8}  {token:>5.0f}  {shifted!s:14} {matrix}")
     pids, tokens, shifts, matrices = zip(*rows, strict=True)
     assert len({*pids, os.getppid()}) == WORLD + 1
-    assert tokens == ([3.0], [0.0], [1.0])
+    assert tokens == (3, 0, 1)
     assert shifts == ([20.0, 21.0], [0.0, 1.0], [10.0, 11.0])
     assert matrices == ([], [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [])
-    print(
-        f"proof: the token comes back as {tokens[0][0]:.0f} = 0 + 1 + 2; {WORLD} ranks have their left neighbour's pair"
-    )
+    print(f"proof: the token comes back as {tokens[0]:.0f} = 0 + 1 + 2; {WORLD} ranks have their left neighbour's pair")
 
 
 if __name__ == "__main__":

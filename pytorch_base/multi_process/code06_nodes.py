@@ -66,23 +66,13 @@ def main() -> None:
     node, local_rank = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
 
-    number = torch.tensor(10.0**rank, device=device)
+    number = torch.tensor(10**rank, device=device)
     node_sum, total = add_up_by_nodes(number, node, local_rank, per_node)
     flat = number.clone()
     dist.all_reduce(flat)
-    row = [
-        rank,
-        node,
-        local_rank,
-        os.getppid(),
-        socket.gethostname(),
-        int(number),
-        int(node_sum),
-        int(total),
-        int(flat),
-    ]
+    sums = [tensor.item() for tensor in (number, node_sum, total, flat)]
     rows = [None] * world
-    dist.all_gather_object(rows, row)
+    dist.all_gather_object(rows, [rank, node, local_rank, os.getppid(), socket.gethostname(), *sums])
     if local_rank == 0:  # on each node, so that both terminals show it
         print(f"this is node {node} of {world // per_node}")
         print("rank  node  local rank  torchrun's pid  host              number  node's sum    total  all_reduce")
@@ -93,10 +83,8 @@ def main() -> None:
         assert nodes == tuple(rank // per_node for rank in range(world))
         assert set(totals) == set(flats) == {int("1" * world)} == {sum(set(node_sums))}
         launchers = len(set(zip(hosts, pids, strict=True)))
-        print(
-            f"proof: {launchers} launchers, {world} ranks, one job: {node_sums[0]} + {node_sums[-1]} by nodes ", end=""
-        )
-        print(f"is {totals[0]} on every rank, as by one all_reduce")
+        by_nodes = f"{node_sums[0]} + {node_sums[-1]} by nodes is {totals[0]} on every rank"
+        print(f"proof: {launchers} launchers, {world} ranks, one job: {by_nodes}, as by one all_reduce")
     dist.destroy_process_group()
 
 

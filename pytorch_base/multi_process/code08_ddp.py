@@ -40,8 +40,7 @@ class Averager:
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: self.arrive(number))
 
-    def arrive(self, number: int) -> None:
-        """Runs in the middle of the backward pass."""
+    def arrive(self, number: int) -> None:  # in the middle of the backward pass
         self.arrived[number] += 1
         if self.overlap and self.arrived[number] == len(self.buckets[number]):
             self.send(number)
@@ -109,9 +108,8 @@ def main() -> None:
         print("all-reduce of ...     a step  begun early  ms a step  off DDP by")
         for way, (begun, early, milliseconds, _) in rows.items():
             print(f"{way:20} {begun:>7} {early:>12} {milliseconds:>10.1f}  {apart[way]:.1e}")
-        print(
-            f"proof: {each[0]} all-reduces became {hooks[0]}, {hooks[1]} begun early; off DDP {max(apart.values()):.1e}"
-        )
+        worst = max(apart.values())
+        print(f"proof: {each[0]} all-reduces became {hooks[0]}, {hooks[1]} begun early; off DDP by {worst:.1e}")
     dist.destroy_process_group()
 
 

@@ -97,7 +97,7 @@ def train(stage: int, rank: int, device: torch.device) -> tuple[list[torch.Tenso
 
 def run_rank(rank: int, rendezvous: str) -> None:
     ddp, now = train_ddp(rank, device := join(rank, rendezvous))
-    rows, totals, apart = [("DDP    after backward", now, "all_reduce 1")], [sum(now)], []
+    rows, totals, apart = [("DDP    after backward", now, "all_reduce, in buckets")], [sum(now)], []
     for stage in (1, 2, 3):
         calls.clear()
         weights, held, made = train(stage, rank, device)

@@ -25,7 +25,7 @@ WIDTH, LAYERS, ROWS, STEPS = 24, 3, 12, 3  # 12 rows: 6 for each of 2 ranks, 4 f
 def join(rank: int, world: int, rendezvous: str) -> torch.device:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
-    cuda = torch.cuda.device_count() >= world  # NCCL, with a GPU for each rank; else gloo, on the loopback interface
+    cuda = torch.cuda.device_count() >= READERS  # NCCL, if both jobs can; else gloo, on the loopback interface
     if cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if cuda else "gloo", init_method=rendezvous, rank=rank, world_size=world)

@@ -112,8 +112,7 @@ def run_rank(rank: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    mp.get_context("forkserver").set_forkserver_preload(
-        ["torch", "torch.distributed.tensor.parallel"]
-    )  # imported once; the ranks are forked from there
+    needed = ["torch", "torch.distributed.tensor.parallel"]
+    mp.get_context("forkserver").set_forkserver_preload(needed)  # imported once; the ranks are forked from there
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(run_rank, (f"file://{folder}/rendezvous",), nprocs=WORLD, start_method="forkserver")

@@ -7,6 +7,7 @@ activations. 1F1B (Narayanan et al. 2021, arXiv:2104.04473) has the same bubble 
     python code12_pipeline.py
 """
 
+import itertools
 import os
 import tempfile
 import time
@@ -102,7 +103,7 @@ def run_rank(rank: int, rendezvous: str) -> None:
         dist.all_gather_object(rows, (events, kept, apart))
         if rank == 0:
             draw(name, rows)
-        for (one, *_), (two, *_) in zip(rows, rows[1:], strict=False):  # two stages, neighbours
+        for (one, *_), (two, *_) in itertools.pairwise(rows):  # two stages, neighbours
             assert all(one["F", n][1] <= two["F", n][0] and two["B", n][1] <= one["B", n][0] for n in range(MICRO))
         worst, most[name] = max(worst, *(apart for *_, apart in rows)), [kept for _, kept, _ in rows]
     assert worst < 1e-12 and most == {"GPipe": [MICRO] * WORLD, "1F1B": list(range(WORLD, 0, -1))}

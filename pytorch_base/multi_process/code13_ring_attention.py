@@ -61,7 +61,8 @@ class RingAttention(torch.autograd.Function):
                 total = total * shrink + weights.sum(-1, keepdim=True)
                 output = output * shrink + weights @ travelling[1]
                 peak = new_peak
-            travelling = rotate(travelling)
+            if step < WORLD - 1:
+                travelling = rotate(travelling)
         output = output / total
         ctx.save_for_backward(query, key, value, output, peak + total.log())
         return output
@@ -107,9 +108,8 @@ def run_rank(rank: int, rendezvous: str) -> None:
         for number, (blocks, apart) in enumerate(rows):
             owners = " ".join(str(owner) for owner, _ in blocks[: number + 1])
             print(f"{number:>4}  {owners:17} {apart[0]:>27.1e} {apart[1]:>17.1e} {apart[2]:>8.1e} {apart[3]:>8.1e}")
-        print(
-            f"proof: output and gradients within {worst:.1e} of full attention, with 1/{scores // block} of its scores"
-        )
+        share = f"1/{scores // block} of its scores in memory"
+        print(f"proof: output and gradients within {worst:.1e} of full attention, with {share}")
     dist.destroy_process_group()
 
 

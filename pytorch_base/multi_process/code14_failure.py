@@ -56,7 +56,7 @@ def main() -> None:
         queue = context.Queue()
         with tempfile.TemporaryDirectory() as folder:
             arguments = (f"file://{folder}/rendezvous", trouble, queue)
-            ranks = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(WORLD)]
+            ranks = [context.Process(target=run_rank, args=(rank, *arguments), daemon=True) for rank in range(WORLD)]
             for process in ranks:
                 process.start()
             seen[trouble] = sorted(queue.get(timeout=60) for _ in range(WORLD - 1))
@@ -71,11 +71,8 @@ def main() -> None:
     assert "none" not in errors["hangs"] and [error for error in errors["hangs"] if "Timed out" in error]
     assert errors["hangs, monitored_barrier"][0].startswith(f"[Rank 0]: Rank {VICTIM} failed to pass monitoredBarrier")
     first = {trouble: min(seconds for _, seconds, _ in rows) for trouble, rows in seen.items()}
-    print(
-        f"proof: a death is seen after {first['dies']:.2f} s, a hang after {first['hangs']:.2f} s, the time-out; ",
-        end="",
-    )
-    print(f"monitored_barrier names rank {VICTIM}")
+    times = f"a death is seen after {first['dies']:.2f} s, a hang after {first['hangs']:.2f} s"
+    print(f"proof: {times}, the time-out; monitored_barrier names rank {VICTIM}")
 
 
 if __name__ == "__main__":

@@ -7,5 +7,5 @@ cd "$(dirname "$0")"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 set -x
-exec torchrun --nproc_per_node "${NPROC:-2}" --max_restarts 1 --rdzv_backend c10d --rdzv_endpoint localhost:0 \
+exec torchrun --nproc_per_node 2 --max_restarts 1 --rdzv_backend c10d --rdzv_endpoint localhost:0 \
     code14_restart.py

@@ -86,8 +86,6 @@ library = [model(**part, num_items_in_batch=num_tokens).loss for part in parts] 
 gap = max(gap, *((ours - other).abs().item() for ours, other in zip(shares, library, strict=True)))
 assert errors["mean of means"] > 0.01 and errors["by all tokens"] < 1e-5 and gap < 1e-5
 print(
-    f"proof: losses and gradients differ from the library's by {gap:.1e}; in two parts the gradient is off by ", end=""
-)
-print(
+    f"proof: losses and gradients differ from the library's by {gap:.1e}; in two parts the gradient is off by "
     f"{errors['by all tokens']:.1e} if divided by all tokens, and by {errors['mean of means']:.0%} as a mean of means"
 )

@@ -110,7 +110,6 @@ first, last = history["ours"][0][0], history["ours"][-1][0]
 print(f"loss in fp16: {first:.4f} before the first step, {last:.4f} before the last")
 assert history["ours"] == history["theirs"] and gap < 1e-6 and skipped > 1 and doubled > 1 and last < first
 print(
-    f"proof: of {STEPS} steps {skipped} were left out and {doubled} doubled the scale, the same as by GradScaler; ",
-    end="",
+    f"proof: of {STEPS} steps {skipped} were left out and {doubled} doubled the scale, the same as by GradScaler; "
+    f"losses are equal, weights differ by {gap:.1e}"
 )
-print(f"losses are equal, weights differ by {gap:.1e}")

@@ -96,9 +96,6 @@ print(f"layers of a Qwen2: {sizes[0]:,} -> {sizes[1]:,} bytes; of its likeliest 
 assert gap < 1e-6 and largest < 0.501 and error < 0.05 and sizes[0] / sizes[1] > 3.5
 assert errors["large input apart"] < errors["no large inputs"] * 1.2 < errors["one large input"]
 print(
-    f"proof: int8 weights differ from torch's by {gap:.1e}; {sizes[0] / sizes[1]:.2f} times smaller, logits off by ",
-    end="",
-)
-print(
+    f"proof: int8 weights differ from torch's by {gap:.1e}; {sizes[0] / sizes[1]:.2f} times smaller, logits off by "
     f"{error:.2%}; with a large input {errors['one large input']:.2%} off, {errors['large input apart']:.2%} if apart"
 )

@@ -53,9 +53,7 @@ def speculate(target, draft, input_ids: torch.Tensor, num_tokens: int) -> tuple[
     while (length := input_ids.shape[1]) < end:
         guessed = greedy(draft, input_ids, min(GUESSES, end - length - 1))  # one place is left for the target's own
         guesses = guessed[:, length:]
-        wanted = (
-            target(guessed).logits[:, length - 1 :].argmax(-1)
-        )  # [1, guesses + 1]: after the text, after each guess
+        wanted = target(guessed).logits[:, length - 1 :].argmax(-1)  # [1, guesses + 1], the first after the text
         agree = (guesses == wanted[:, :-1]).long().cumprod(-1).sum().item()  # up to the first difference
         input_ids = torch.cat([input_ids, wanted[:, : agree + 1]], dim=1)
         passes.append((guesses.shape[1], agree))
@@ -97,7 +95,6 @@ print("\n  in brackets what the draft guessed rightly, behind it what the target
 guessed, taken = map(sum, zip(*passes, strict=True))
 assert torch.equal(ours, alone) and torch.equal(theirs, alone) and ours_passes == len(passes) < NEW_TOKENS
 print(
-    f"proof: {NEW_TOKENS} ids equal the target's and the library's; {ours_passes} passes of the target instead of ",
-    end="",
+    f"proof: {NEW_TOKENS} ids equal the target's and the library's; {ours_passes} passes of the target instead of "
+    f"{NEW_TOKENS} (the library: {their_passes}), {taken} of {guessed} guesses taken, {taken / guessed:.0%}"
 )
-print(f"{NEW_TOKENS} (the library: {their_passes}), {taken} of {guessed} guesses taken, {taken / guessed:.0%}")

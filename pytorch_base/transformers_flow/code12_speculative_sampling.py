@@ -33,10 +33,10 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def rounds(target: dict, draft: dict, prefix: tuple, after_refusal=residual, guessed: int = 0) -> Counter:
     """All courses of one round: the words that it appends -> probability."""
-    p, q = target[prefix], draft[prefix]
-    courses = Counter()
+    p = target[prefix]
     if guessed == GUESSES:  # all were taken, and the target has seen one place further
         return Counter({(word,): p[word].item() for word in range(len(WORDS))})
+    q, courses = draft[prefix], Counter()
     taken = torch.minimum(p, q)  # q(x) * min(1, p(x) / q(x))
     for word in range(len(WORDS)):
         courses[(word,)] += ((1 - taken.sum()) * after_refusal(p, q)[word]).item()

@@ -42,17 +42,17 @@ def wait_until_gone(output) -> list[psutil.Process]:
     return left
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "term", "driver", "worker"])
-def test_nothing_is_left(how, request, tmp_path, monkeypatch, policy_folder, data_file, reward_file):
+@pytest.mark.parametrize(("how", "nproc"), [("ctrl-c", 1), ("term", 1), ("driver", 1), ("worker", 2)])
+def test_nothing_is_left(how, nproc, request, tmp_path, monkeypatch, policy_folder, data_file, reward_file):
     output, log = tmp_path / "output", tmp_path / "log"
     monkeypatch.setenv("RUN", str(output))
     flags = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--output_dir", str(output)]
-    flags += ["--reward_function", reward_file, "--max_response_length", "8", "--nproc", "2", "--logging_steps", "1"]
+    flags += ["--reward_function", reward_file, "--max_response_length", "8", "--nproc", str(nproc), "--logging_steps", "1"]
     flags += ["--train_batch_size", "4", "--ppo_mini_batch_size", "2", "--total_training_steps", "100000"]
     run = start_run([*flags, "--test_freq", "100000", "--save_freq", "100000"], log)
     request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
     workers = [process for process in processes_of(output) if process.name().startswith("ray::WorkerDict")]
-    assert len(workers) == 2 and len(processes_of(output)) > 4
+    assert len(workers) == nproc and len(processes_of(output)) > nproc + 2
     listening = {
         connection.laddr.ip
         for process in processes_of(output)

@@ -27,7 +27,8 @@ SHOWN = {
         r"fork child +\d+ +(?P<parent>\d+) +3\n(.*\n)*spawn child +\d+ +(?P=parent) +2\n",
         r"over a pipe: 3 4 -> 9 16\n",
         r"a pool of 2: squares \[0, 1, 4, 9, 16, 25, 36, 49\]",
-        r"proof: lines seen {'fork': 3, 'forkserver': 2, 'spawn': 2}; with lock 2000 of 2000, without 1 of 2; exits 3 7 -9\n",
+        r"proof: lines seen {'fork': 3, 'forkserver': 2, 'spawn': 2}; with lock 2000 of 2000, without 1 of 2; ",
+        r"; exits 3 7 -9\n",
     ],
     "python code02_shared_memory.py": [
         r"by the queue +\d+ +True +\[1\.0, 2\.0, 3\.0, 0\.0\]\na clone of it +\d+ +False +nothing\n",
@@ -37,18 +38,19 @@ SHOWN = {
     ],
     "python code03_send_recv.py": [
         r"backend gloo, world size 3",
-        r" 0 +\d+ +3  \[20\.0, 21\.0\] +\[\]\n +1 +\d+ +0  \[0\.0, 1\.0\] +\[\[0\.0, 1\.0, 2\.0\], \[3\.0, 4\.0, 5\.0\]\]\n",
+        r" 0 +\d+ +3  \[20\.0, 21\.0\] +\[\]\n",
+        r" 1 +\d+ +0  \[0\.0, 1\.0\] +\[\[0\.0, 1\.0, 2\.0\], \[3\.0, 4\.0, 5\.0\]\]\n",
         r"proof: the token comes back as 3 ",
     ],
     "python code04_collectives.py": [
-        r"broadcast .*\n.*\n +0 +0 +1 +2 +-> +10 +11 +12\n +1 +10 +11 +12 +-> +10 +11 +12\n +2 +20 +21 +22 +-> +10 +11 +12\n",
+        r"broadcast .*\n.*\n +0 +0 +1 +2 +-> +10 +11 +12\n.*\n +2 +20 +21 +22 +-> +10 +11 +12\n",
         r"scatter .*\n.*\n +0 +0 +1 +2 +-> +0\n +1 +-> +1\n +2 +-> +2\n",
         r"\ngather .*\n.*\n +0 +0 +-> +0 +10 +20\n +1 +10 +-> \n +2 +20 +-> \n",
         r"\nreduce to .*\n.*\n +0 +0 +1 +2 +-> +30 +33 +36\n +1 +10 +11 +12 +-> \n",
         r"all_reduce .*\n.*\n( +\d.*-> +30 +33 +36\n){3}",
         r"all_gather\n.*\n( +\d.*-> +0 +10 +20\n){3}",
         r"reduce_scatter .*\n.*\n +0 +0 +1 +2 +-> +30\n +1 +10 +11 +12 +-> +33\n +2 +20 +21 +22 +-> +36\n",
-        r"all_to_all\n.*\n +0 +0 +1 +2 +-> +0 +10 +20\n +1 +10 +11 +12 +-> +1 +11 +21\n +2 +20 +21 +22 +-> +2 +12 +22\n",
+        r"all_to_all\n.*\n +0 +0 +1 +2 +-> +0 +10 +20\n +1 +10 +11 +12 +-> +1 +11 +21\n.* +2 +12 +22\n",
         r"barrier .*\n.*\n +0 +0 +-> +\d+\n",
         r"proof: 9 of 9 collectives end on 3 ranks as they should, over gloo\n",
     ],
@@ -66,10 +68,10 @@ SHOWN = {
     ],
     "bash run_code08.sh": [
         r"each gradient +48 +0 .*\nbuckets, after +6 +0 .*\nbuckets, by hooks +6 +5 .*\nDDP +\d+ +[1-9]",
-        (r"proof: 48 all-reduces became 6, 5 begun early; off DDP (\S+)\n", 1e-6),
+        (r"proof: 48 all-reduces became 6, 5 begun early; off DDP by (\S+)\n", 1e-6),
     ],
     "python code09_zero.py": [
-        r"DDP +after backward +131,072 +131,072 +262,144 +524,288  all_reduce 1\n",
+        r"DDP +after backward +131,072 +131,072 +262,144 +524,288  all_reduce, in buckets\n",
         r"ZeRO-1 in backward +131,072 +131,072 +131,072 .*\n.* 393,216  all_gather 1 reduce_scatter 1\n",
         r"ZeRO-2 in backward +131,072 +81,920 +131,072 .*\n.* +131,072 +65,536 .* all_gather 1 reduce_scatter 1\n",
         r"ZeRO-3 in backward +98,304 +81,920 +131,072 .*\n.* +65,536 +65,536 .* all_gather 2 reduce_scatter 1\n",
@@ -96,7 +98,7 @@ SHOWN = {
     "python code13_ring_attention.py": [
         r"bytes of scores at a time: 8,192; in full 73,728\n",
         r" 0  0 .*\n +1  1 0 .*\n +2  2 1 0 ",
-        (r"proof: output and gradients within (\S+) of full attention, with 1/9 of its scores\n", 1e-5),
+        (r"proof: output and gradients within (\S+) of full attention, with 1/9 of its scores in memory\n", 1e-5),
     ],
     "python code14_failure.py": [
         r"rank 2 dies; exit codes \[1, 1, 13\]\n  rank 0 after .* s: (?!none|Timed out).*\n",
@@ -105,7 +107,7 @@ SHOWN = {
         r"proof: a death is seen after .* monitored_barrier names rank 2\n",
     ],
     "bash run_code14.sh": [
-        r"attempt 0: 2 ranks begin with step 0\n(.*\n)*rank 1: dies in step 7\n(.*\n)*attempt 1: 2 ranks begin with step 6\n",
+        r"attempt 0: 2 ranks begin with step 0\n(.*\n)*rank 1: dies in step 7\n(.*\n)*attempt 1: .* begin with step 6\n",
         r"with the restart +(\[.*\])\n +without a failure +\1\n",
         r"proof: 1 restart, from step 6 of 10; weights and momentum are equal bit for bit\n",
     ],
@@ -224,20 +226,20 @@ def test_lesson_for_torchrun_says_how_to_start_it(folder):
 
 
 def test_lessons_are_short_and_share_nothing():
-    lessons = sorted(FOLDER.glob("*.py"))
-    names = {path.stem for path in lessons}
-    for path in lessons:
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") < 120, path.name
+    lessons = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py")}
+    for name, text in lessons.items():
+        assert text.count("\n") < 120, name
         for node in ast.walk(ast.parse(text)):
             imported = {alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)}
             imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-            assert not imported & names, path.name
+            assert not imported & set(lessons), name
+    pair = [lessons[name] for name in ("code04_collectives", "code05_torchrun")]
+    assert len({re.search(r"def show\(.*?    return sum\(right\)\n", text, re.S)[0] for text in pair}) == 1
     for path in FOLDER.glob("*.sh"):
         assert path.read_text().count("\n") < 50, path.name
 
 
 def test_readme_has_every_command():
     blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "readme.md").read_text(encoding="utf-8"), re.S)
-    commands = re.findall(r"(?m)^((?:python|bash) code\S+|bash run_code\S+|python code\S+)", "\n".join(blocks))
-    assert {*SHOWN, "bash run_code061.sh", "bash run_code062.sh"} == set(commands)
+    commands = [line for block in blocks for line in block.splitlines() if not line.startswith("pip ")]
+    assert sorted(commands) == sorted([*SHOWN, "bash run_code061.sh", "bash run_code062.sh"])

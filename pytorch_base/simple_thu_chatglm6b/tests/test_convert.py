@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from code03_chatglm2 import chatglm2_forward, write_checkpoint
+from code03_chatglm2 import chatglm2_forward
 from conftest import RECIPE, losses, make_conversations, train_here, write_rows
 from convert_to_glm import convert
 from data import encode_conversation
 from rows import UserError
+from tiny_chatglm import write_checkpoint
 
 TURNS = [{"role": "user", "content": "你好 world"}, {"role": "assistant", "content": "好的  ½"}]
 
