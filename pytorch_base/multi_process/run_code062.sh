@@ -7,7 +7,13 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+address=${MASTER_ADDR:-127.0.0.1}
+port=${MASTER_PORT:-29600}
+
+# torchrun would wait, too, but couldn't be ended by Ctrl-C while it does
+echo "waits for run_code061.sh at $address:$port"
+until (: >"/dev/tcp/$address/$port") 2>/dev/null; do sleep 0.5; done
 
 set -x
 exec torchrun --nnodes 2 --node_rank 1 --nproc_per_node "${NPROC:-2}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29600}" code06_nodes.py
+    --master_addr "$address" --master_port "$port" code06_nodes.py

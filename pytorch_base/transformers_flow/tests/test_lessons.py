@@ -112,7 +112,7 @@ def test_lesson_proves_its_point(lesson, tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,  # the process is killed then
+        timeout=240,  # the process is killed then
     )
     assert process.returncode == 0, process.stderr[-5000:]
     printed = process.stdout

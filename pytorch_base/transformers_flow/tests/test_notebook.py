@@ -40,7 +40,7 @@ def fresh(stored, tmp_path, monkeypatch):
     notebook = nbformat.read(tmp_path / "flow.ipynb", as_version=4)
     for cell in read_cells(notebook):
         cell.outputs = []
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     return notebook
 
 
