@@ -63,7 +63,8 @@ def sample_scored(model, tokenizer, messages: list[dict], ground_truth, data_sou
     for ids in sequences[:, inputs["input_ids"].shape[1] :]:
         finished = bool((ids == tokenizer.eos_token_id).any())
         reply = tokenizer.decode(ids, skip_special_tokens=True)
-        scores = compute_score(data_source, reply, ground_truth, {"finished": finished})
+        extra_info = {"question": messages[-1]["content"], "finished": finished}
+        scores = compute_score(data_source, reply, ground_truth, extra_info)
         rows.append({"reply": reply, **scores})
     return rows
 

@@ -11,26 +11,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from rewards import DIGITS, to_chinese
-
-
-def add(x: int, y: int) -> tuple[str, str, str]:
-    """Question, worked reply and answer of a sum, units before tens."""
-    units = x % 10 + y % 10
-    carry = units // 10
-    tens = x // 10 + y // 10 + carry
-    work = f"{DIGITS[x % 10]}加{DIGITS[y % 10]}得{to_chinese(units)}，"
-    work += f"{DIGITS[x // 10]}加{DIGITS[y // 10]}{'进一' * carry}得{to_chinese(tens)}，"
-    return f"{to_chinese(x)}加{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x + y)}", to_chinese(x + y)
-
-
-def subtract(x: int, y: int) -> tuple[str, str, str]:
-    """Question, worked reply and answer of a difference that is not negative."""
-    borrow = int(x % 10 < y % 10)
-    upper = x % 10 + 10 * borrow
-    work = f"{to_chinese(upper)}减{DIGITS[y % 10]}得{DIGITS[upper - y % 10]}，"
-    work += f"{DIGITS[x // 10]}{'借一' * borrow}减{DIGITS[y // 10]}得{DIGITS[x // 10 - borrow - y // 10]}，"
-    return f"{to_chinese(x)}减{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x - y)}", to_chinese(x - y)
+from rewards import add, subtract
 
 
 def make_arithmetic() -> dict[str, list[tuple[str, str, str]]]:

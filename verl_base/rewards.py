@@ -19,36 +19,60 @@ def to_chinese(number: int) -> str:
     return DIGITS[units]
 
 
-NUMBERS = {to_chinese(number): number for number in range(200)}
+def add(x: int, y: int) -> tuple[str, str, str]:
+    """Question, worked reply and answer of a sum, units before tens."""
+    units = x % 10 + y % 10
+    carry = units // 10
+    tens = x // 10 + y // 10 + carry
+    work = f"{DIGITS[x % 10]}加{DIGITS[y % 10]}得{to_chinese(units)}，"
+    work += f"{DIGITS[x // 10]}加{DIGITS[y // 10]}{'进一' * carry}得{to_chinese(tens)}，"
+    return f"{to_chinese(x)}加{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x + y)}", to_chinese(x + y)
+
+
+def subtract(x: int, y: int) -> tuple[str, str, str]:
+    """Question, worked reply and answer of a difference that is not negative."""
+    borrow = int(x % 10 < y % 10)
+    upper = x % 10 + 10 * borrow
+    work = f"{to_chinese(upper)}减{DIGITS[y % 10]}得{DIGITS[upper - y % 10]}，"
+    work += f"{DIGITS[x // 10]}{'借一' * borrow}减{DIGITS[y // 10]}得{DIGITS[x // 10 - borrow - y // 10]}，"
+    return f"{to_chinese(x)}减{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x - y)}", to_chinese(x - y)
+
+
+NUMBERS = {to_chinese(number): number for number in range(100)}
 NUMBER = "[零一二三四五六七八九十百]+"
+QUESTION = re.compile(rf"({NUMBER})([加减])({NUMBER})等于几？")
 FORMAT = re.compile(rf"[^答]*答案：({NUMBER})")  # the work, then the answer, then nothing more
-EQUATION = re.compile(rf"({NUMBER})(借一)?([加减])({NUMBER})(进一)?得({NUMBER})")
 WORK_REWARD = 0.5
 FORMAT_REWARD = 0.1
 LENGTH_LIMIT = 32  # characters; each one more costs LENGTH_COST
 LENGTH_COST = 0.01
 
 
-def holds(left: str, borrow: str, sign: str, right: str, carry: str, result: str) -> bool:
-    """Whether a step such as 四加一进一得六 or 九借一减四得四 is true."""
-    if not {left, right, result} <= NUMBERS.keys():
-        return False
-    sum_or_difference = NUMBERS[left] - bool(borrow) + (1 if sign == "加" else -1) * NUMBERS[right] + bool(carry)
-    return sum_or_difference == NUMBERS[result]
+def steps_to_take(question: str) -> list[str]:
+    """The steps that lead to the answer, such as 三加五得八; none for a question of another kind."""
+    match = QUESTION.fullmatch(question)
+    if match is None or not {match[1], match[3]} <= NUMBERS.keys():
+        return []
+    operation = add if match[2] == "加" else subtract
+    _, worked, _ = operation(NUMBERS[match[1]], NUMBERS[match[3]])
+    return worked.split("，")[:-1]
 
 
-def score_arithmetic(reply: str, ground_truth: str) -> dict[str, float]:
-    """Whether the answer is right and the reply well-formed, and the share of its steps (at least two) that is true."""
+def score_arithmetic(reply: str, ground_truth: str, question: str) -> dict[str, float]:
+    """Whether the answer is right and the reply well-formed, and the share of the question's steps that stand in it.
+
+    A step that is true but not the question's counts for nothing: rewarded, it is what a model learns to write.
+    """
     match = FORMAT.fullmatch(reply)
-    steps = EQUATION.findall(reply)
+    expected, written = steps_to_take(question), reply.split("，")
     return {
         "acc": float(match is not None and match[1] == ground_truth),
         "format": float(match is not None),
-        "work": sum(holds(*step) for step in steps) / max(2, len(steps)) if match else 0.0,
+        "work": sum(step in written for step in expected) / len(expected) if match and expected else 0.0,
     }
 
 
-def score_exact_match(reply: str, ground_truth: str) -> dict[str, float]:
+def score_exact_match(reply: str, ground_truth: str, question: str) -> dict[str, float]:
     """Whether the reply is the expected text; it is well-formed when it is one line that says something."""
     return {"acc": float(reply == ground_truth), "format": float(bool(reply) and "\n" not in reply), "work": 0.0}
 
@@ -59,17 +83,18 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     Args:
         data_source: which rule counts: "arithmetic", or anything else for an exact match.
         solution_str: the reply without its end-of-turn token.
-        extra_info: what the data's row brought along, and from `train.py` `finished`: whether the reply came to its
-            end before `max_response_length`.
+        extra_info: what the data's row brought along, and `question`, what was asked; from `train.py` also
+            `finished`, whether the reply came to its end before `max_response_length`.
 
     Returns:
-        `score`, which is learned from (1 for a right answer, WORK_REWARD for true steps on the way, FORMAT_REWARD for
+        `score`, which is learned from (1 for a right answer, WORK_REWARD for the steps on the way, FORMAT_REWARD for
         the form, less what is too long), and its parts `acc`, `format`, `work` and `length` for the report.
     """
     reply = solution_str.strip()
     rule = score_arithmetic if data_source == "arithmetic" else score_exact_match
-    parts = rule(reply, ground_truth)
-    if extra_info and not extra_info.get("finished", True):
+    extra_info = extra_info or {}
+    parts = rule(reply, ground_truth, extra_info.get("question", ""))
+    if not extra_info.get("finished", True):
         parts = dict.fromkeys(parts, 0.0)
     parts["length"] = LENGTH_COST * min(0, LENGTH_LIMIT - len(reply))
     score = parts["acc"] + WORK_REWARD * parts["work"] + FORMAT_REWARD * parts["format"] + parts["length"]

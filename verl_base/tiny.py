@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
@@ -23,7 +22,6 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ENOUGH = 1 / 3
-LABEL_SMOOTHING = 0.02
 
 
 def train_chat_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -82,11 +80,7 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
         longest = max(len(ids) for ids, _ in batch)
         input_ids = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch]
         labels = [labels + [-100] * (longest - len(labels)) for _, labels in batch]
-        logits, labels = model(input_ids=torch.tensor(input_ids)).logits[:, :-1], torch.tensor(labels)[:, 1:]
-        # Smoothed labels keep it unsure: what it mostly gets wrong it also gets right now and then, and GRPO can only
-        # make more likely what is sampled at all.
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=LABEL_SMOOTHING)
-        loss.backward()
+        model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warmup.step()

@@ -7,13 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-address=${MASTER_ADDR:-127.0.0.1}
-port=${MASTER_PORT:-29600}
 
-# torchrun would wait, too, but couldn't be ended by Ctrl-C while it does
-echo "waits for run_code061.sh at $address:$port"
-until (: >"/dev/tcp/$address/$port") 2>/dev/null; do sleep 0.5; done
-
+# While it waits for the other node, torchrun is deaf to Ctrl-C: this shell hears it, and ends torchrun by SIGTERM.
+trap 'kill "$launcher"; wait "$launcher"' INT TERM
 set -x
-exec torchrun --nnodes 2 --node_rank 1 --nproc_per_node "${NPROC:-2}" \
-    --master_addr "$address" --master_port "$port" code06_nodes.py
+torchrun --nnodes 2 --node_rank 1 --nproc_per_node "${NPROC:-2}" \
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29600}" code06_nodes.py &
+launcher=$!
+wait "$launcher"

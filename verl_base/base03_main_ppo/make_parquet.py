@@ -16,11 +16,12 @@ from rows import UserError, check_prompt, detect_encoding, read_json
 def make_prompt_row(row: object, source: str, split: str, number: int) -> dict:
     """A question in the form that verl's RLHFDataset reads; raises UserError for a row that can't be used."""
     messages, ground_truth, data_source = check_prompt(row)
+    given, asked = row.get("extra_info") or {}, messages[-1]["content"]
     return {
         "data_source": data_source,
         "prompt": [{"role": message["role"], "content": message["content"]} for message in messages],
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
-        "extra_info": {**(row.get("extra_info") or {}), "split": split, "index": number, "source": source},
+        "extra_info": {**given, "question": asked, "split": split, "index": number, "source": source},
     }
 
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import QUESTIONS, make_policy, write_rows
 from data import collate_prompts, load_prompts, load_split, prompts_of_draw
 from model import find_end_of_turn, load_policy_tokenizer
-from prepare import add, make_arithmetic, subtract, to_chinese
-from rewards import compute_score
+from prepare import make_arithmetic
+from rewards import add, compute_score, steps_to_take, subtract, to_chinese
 from rows import UserError
 
 
@@ -31,7 +31,7 @@ def test_worked_replies_are_right_and_well_formed():
         x, y = question.removesuffix("等于几？").split("加" if "加" in question else "减")
         numbers = {to_chinese(number): number for number in range(200)}
         assert numbers[answer] == (numbers[x] + numbers[y] if "加" in question else numbers[x] - numbers[y])
-        assert compute_score("arithmetic", reply, answer)["score"] == pytest.approx(1.6)
+        assert compute_score("arithmetic", reply, answer, {"question": question})["score"] == pytest.approx(1.6)
 
 
 def test_no_problem_stands_in_two_files():
@@ -47,7 +47,8 @@ def test_no_problem_stands_in_two_files():
         ("答案：六十二", 1.1),
         ("七加五得十二，答案：六十三", 0.1 + 0.25),
         ("七加五得十三，三加二进一得七，答案：六十二", 1.1),  # right by luck
-        ("十二减八得四，九借一减四得四，答案：四十四", 0.6),  # true steps of another problem
+        ("二加二得四，三加二得五，答案：五十四", 0.1),  # true steps, but not of this problem
+        ("七加五得十二，七加五得十二，答案：六十三", 0.1 + 0.25),  # twice is once
         ("七加五得十二，三加二进一得六，答案：六十二。", 0.0),  # something follows the number
         ("答案：六十三，答案：六十二", 0.0),  # two answers are none
         ("六十二", 0.0),
@@ -56,7 +57,16 @@ def test_no_problem_stands_in_two_files():
     ],
 )
 def test_reward_of_a_sum(reply, score):
-    assert compute_score("arithmetic", reply, "六十二")["score"] == pytest.approx(score)
+    extra_info = {"question": "三十七加二十五等于几？"}
+    assert compute_score("arithmetic", reply, "六十二", extra_info)["score"] == pytest.approx(score)
+
+
+def test_steps_are_known_for_questions_of_this_kind_only():
+    assert steps_to_take("四十五减二十六等于几？") == ["十五减六得九", "四借一减二得一"]
+    assert steps_to_take("三加五等于几？") == ["三加五得八", "零加零得零"]
+    for question in ("", "三乘五等于几？", "三百加五等于几？", "三加五等于几"):
+        assert steps_to_take(question) == []
+    assert compute_score("arithmetic", "三加五得八，零加零得零，答案：八", "八")["score"] == pytest.approx(1.1)
 
 
 def test_reward_of_a_cut_off_reply_and_of_a_saying():

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -193,10 +194,14 @@ def test_lesson_proves_its_point_and_leaves_no_process(command, folder):
     check(text, SHOWN[command])
 
 
-def test_two_nodes_form_one_job(folder):
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def test_two_nodes_form_one_job(folder):
+    port = free_port()
     second = start("bash run_code062.sh", folder, MASTER_PORT=port)  # may come first: it waits
     first = start("bash run_code061.sh", folder, MASTER_PORT=port)
     texts = [finish(first), finish(second)]
@@ -207,6 +212,16 @@ def test_two_nodes_form_one_job(folder):
             text,
             [r"\n +2 +1 +0 +\d+ +\S+ +100 +1100 +1111 +1111\n", r"proof: 2 launchers, 4 ranks, one job: 11 \+ 1100 "],
         )
+
+
+def test_node_that_waits_for_the_other_ends_on_ctrl_c(folder):
+    process = start("bash run_code062.sh", folder, MASTER_PORT=free_port())
+    while not process.stdout.readline().startswith("+ wait"):
+        pass
+    time.sleep(3)  # torchrun has begun to wait; before that it would end, too
+    os.killpg(process.pid, signal.SIGINT)
+    finish(process)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("lesson", BROKEN)
