@@ -148,8 +148,8 @@ def test_a_reply_stops_at_each_end(tiny_glm):
 def test_sample_data_is_what_the_readme_says():
     rows = [
         row
-        for name in ("extraction", "questions")
+        for name in ("dialogues", "extraction", "questions")
         for row in json.loads((RECIPE / "data" / "alpaca_chinese" / f"{name}.json").read_text("utf-8"))
     ]
-    assert len(rows) == 612 and all(row.keys() == {"instruction", "input", "output"} for row in rows)
+    assert len(rows) == 621 and sum("history" in row for row in rows) == 72
     assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
