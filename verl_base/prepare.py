@@ -6,6 +6,7 @@ python prepare.py xiehouyu        second halves of two-part sayings, from the pi
 
 import argparse
 import json
+import os
 import random
 import zipfile
 from importlib.util import find_spec
@@ -25,8 +26,8 @@ def make_arithmetic() -> dict[str, list[tuple[str, str, str]]]:
 def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
     """Sayings of which the first half has one second half only.
 
-    What is measured is memory, so all files share the sayings: the held-out questions ask for them in other words than
-    those of training.
+    What is measured is memory, so all files share the sayings: the held-out questions ask for them in words in which
+    they were never asked for in training.
     """
     package = find_spec("jionlp")  # found, not imported: what it imports isn't needed here
     if package is None:
@@ -41,23 +42,23 @@ def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
     random.Random(0).shuffle(single)
     asked = [(f"{first}——", second, second) for first, second in single[:sayings]]
     asked_otherwise = [(f"歇后语“{first}”的下半句是什么？", second, second) for first, second in single[:sayings]]
-    return {"test": asked_otherwise[:128], "sft": asked + asked_otherwise, "train": asked}
+    return {"test": asked_otherwise[:128], "sft": asked + asked_otherwise[128:], "train": asked}
 
 
 def write_task(task: str, folder: Path) -> None:
-    """The three files of a task; they appear together, so that half of them is never taken for all."""
+    """The three files of a task, written afresh each time; a file is there as a whole or not at all."""
     problems = {"arithmetic": make_arithmetic, "xiehouyu": make_xiehouyu}[task]()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in problems.items():
-        with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        unfinished = folder / f".{name}.{os.getpid()}"
+        with unfinished.open("w", encoding="utf-8") as file:
             for question, reply, answer in rows:
                 row = {"data_source": task, "prompt": question, "ground_truth": answer}
                 if name == "sft":
                     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
                     row = {"data_source": task, "messages": turns, "ground_truth": answer}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    unfinished.rename(folder)
+        unfinished.replace(folder / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
@@ -65,6 +66,5 @@ if __name__ == "__main__":
     parser.add_argument("task", choices=["arithmetic", "xiehouyu"])
     task = parser.parse_args().task
     folder = Path(__file__).parent / "cache_data" / task
-    if not folder.exists():
-        write_task(task, folder)
+    write_task(task, folder)
     print(*sorted(folder.glob("*.jsonl")), sep="\n")

@@ -53,13 +53,15 @@ def steps_to_take(question: str) -> list[str]:
     match = QUESTION.fullmatch(question)
     if match is None or not {match[1], match[3]} <= NUMBERS.keys():
         return []
-    operation = add if match[2] == "加" else subtract
-    _, worked, _ = operation(NUMBERS[match[1]], NUMBERS[match[3]])
+    x, y = NUMBERS[match[1]], NUMBERS[match[3]]
+    if match[2] == "减" and x < y:
+        return []
+    _, worked, _ = add(x, y) if match[2] == "加" else subtract(x, y)
     return worked.split("，")[:-1]
 
 
 def score_arithmetic(reply: str, ground_truth: str, question: str) -> dict[str, float]:
-    """Whether the answer is right and the reply well-formed, and the share of the question's steps that stand in it.
+    """Whether the answer is right and the reply well-formed, and the share of the question's steps in their places.
 
     A step that is true but not the question's counts for nothing: rewarded, it is what a model learns to write.
     """
@@ -68,7 +70,7 @@ def score_arithmetic(reply: str, ground_truth: str, question: str) -> dict[str, 
     return {
         "acc": float(match is not None and match[1] == ground_truth),
         "format": float(match is not None),
-        "work": sum(step in written for step in expected) / len(expected) if match and expected else 0.0,
+        "work": sum(map(str.__eq__, written, expected)) / len(expected) if match and expected else 0.0,
     }
 
 

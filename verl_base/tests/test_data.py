@@ -9,7 +9,7 @@ import pytest
 from conftest import QUESTIONS, make_policy, write_rows
 from data import collate_prompts, load_prompts, load_split, prompts_of_draw
 from model import find_end_of_turn, load_policy_tokenizer
-from prepare import make_arithmetic
+from prepare import make_arithmetic, make_xiehouyu
 from rewards import add, compute_score, steps_to_take, subtract, to_chinese
 from rows import UserError
 
@@ -40,6 +40,14 @@ def test_no_problem_stands_in_two_files():
     assert not questions["test"] & questions["train"] | questions["test"] & questions["sft"]
 
 
+def test_held_out_sayings_are_asked_for_in_words_that_training_has_not():
+    sayings = make_xiehouyu()
+    questions = {name: {question for question, _, _ in rows} for name, rows in sayings.items()}
+    assert {name: len(found) for name, found in questions.items()} == {"test": 128, "sft": 896, "train": 512}
+    assert not questions["test"] & (questions["train"] | questions["sft"])
+    assert {answer for *_, answer in sayings["test"]} <= {answer for *_, answer in sayings["train"]}
+
+
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
@@ -48,7 +56,7 @@ def test_no_problem_stands_in_two_files():
         ("七加五得十二，答案：六十三", 0.1 + 0.25),
         ("七加五得十三，三加二进一得七，答案：六十二", 1.1),  # right by luck
         ("二加二得四，三加二得五，答案：五十四", 0.1),  # true steps, but not of this problem
-        ("七加五得十二，七加五得十二，答案：六十三", 0.1 + 0.25),  # twice is once
+        ("七加五得十二，三加二得五，三加二进一得六，答案：六十三", 0.1 + 0.25),  # both variants are none
         ("七加五得十二，三加二进一得六，答案：六十二。", 0.0),  # something follows the number
         ("答案：六十三，答案：六十二", 0.0),  # two answers are none
         ("六十二", 0.0),
@@ -64,7 +72,7 @@ def test_reward_of_a_sum(reply, score):
 def test_steps_are_known_for_questions_of_this_kind_only():
     assert steps_to_take("四十五减二十六等于几？") == ["十五减六得九", "四借一减二得一"]
     assert steps_to_take("三加五等于几？") == ["三加五得八", "零加零得零"]
-    for question in ("", "三乘五等于几？", "三百加五等于几？", "三加五等于几"):
+    for question in ("", "三乘五等于几？", "三百加五等于几？", "三加五等于几", "三减五等于几？"):
         assert steps_to_take(question) == []
     assert compute_score("arithmetic", "三加五得八，零加零得零，答案：八", "八")["score"] == pytest.approx(1.1)
 
