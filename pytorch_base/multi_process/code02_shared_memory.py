@@ -27,7 +27,7 @@ def write(name: str, inbox, outbox) -> None:
     copy = received.clone()  # memory of this process's own
     copy[:] = -1
     memory = SharedMemory(name)
-    named = torch.frombuffer(memory.buf, dtype=torch.float32)
+    named = torch.frombuffer(memory.buf, dtype=torch.float32, count=4)
     named[:2] = torch.tensor([8.0, 9.0])
     del named  # the memory can't be closed while a tensor looks into it
     memory.close()
@@ -64,7 +64,7 @@ def main() -> None:
     assert not own and numbers.is_shared() and sizes[0] > 4 * MILLION and sizes[1] < 1000
 
     memory = SharedMemory(create=True, size=16)  # has a name, so that programs that aren't relatives can open it
-    named = torch.frombuffer(memory.buf, dtype=torch.float32)
+    named = torch.frombuffer(memory.buf, dtype=torch.float32, count=4)
     named.zero_()
     process = context.Process(target=write, args=(memory.name, inbox, outbox))
     process.start()

@@ -96,6 +96,8 @@ def run_collectives(rank: int, world: int, device: torch.device) -> int:
 def main() -> None:
     if "RANK" not in os.environ:
         sys.exit("error: this lesson needs torchrun to start it: bash run_code05.sh")
+    if os.environ["WORLD_SIZE"] == "1":
+        sys.exit("error: one rank has nobody to talk to: NPROC=2 or more")
     device = join()
     rank, world = dist.get_rank(), dist.get_world_size()
     environments = [None] * world

@@ -13,8 +13,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -27,15 +29,16 @@ from rows import UserError
 CONTROL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 CHATGLM3_TEMPLATE = """[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>
- {{ message.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+ {{ message.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+# An answer begins with a space, as its tokens do in ChatGLM2's own training; its chat leaves it out of the history.
 CHATGLM2_TEMPLATE = """[gMASK]<sop>{% for message in messages %}{% if message.role == "user" %}\
 [Round {{ loop.index0 // 2 + 1 }}]
 
 问：{{ message.content }}
 
-答：{% elif message.role == "assistant" %} {{ message.content }}{% if not loop.last %}
-
-{% endif %}{% else %}{{ raise_exception("ChatGLM2 knows user and assistant only") }}{% endif %}{% endfor %}"""
+答：{% elif message.role == "assistant" %} {{ message.content }}{{ "" if loop.last else "\\n\\n" }}{% else %}\
+{{ raise_exception("ChatGLM2 knows user and assistant only") }}{% endif %}{% endfor %}"""
 
 # Settings under which GLM-4's class computes the same, and where else the two would part.
 EXPECTED = {
@@ -44,10 +47,16 @@ EXPECTED = {
     "apply_residual_connection_post_layernorm": (False, "GLM-4's class adds to what came into the norm"),
     "post_layer_norm": (True, "GLM-4's class ends with a norm"),
     "add_bias_linear": (False, "GLM-4's class has no biases but those of query, key and value"),
-    "rope_ratio": (1, "some releases divide the positions by it and others multiply the base of the angles"),
+    "rope_ratio": (
+        1,
+        "is it GLM-4? Its -hf release needs no conversion. ChatGLM3 with long contexts divides positions",
+    ),
+    "tie_word_embeddings": (False, "ChatGLM2 and ChatGLM3 have an output layer of their own"),
     "quantization_bit": (0, "its weights are packed integers; convert the release in half precision"),
     "pre_seq_len": (None, "it has a trained prefix, which GLM-4's class doesn't read"),
 }
+NEEDED = {"padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "kv_channels"}
+NEEDED |= {"layernorm_epsilon", "add_qkv_bias", "attention_dropout", "seq_length"}
 PROBES = [
     "你好，世界！",
     "  two  spaces\n\n\ttab",
@@ -65,12 +74,17 @@ def read_config(folder: Path) -> GlmConfig:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: there is no config.json in it. Give the folder of the downloaded model.")
-    old = json.loads((folder / "config.json").read_text("utf-8"))
+    try:
+        old = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: no JSON ({error}). Download it again.") from None
     if old.get("model_type") != "chatglm" or "multi_query_group_num" not in old:
         raise UserError(
             f"{folder}: no ChatGLM2-6B or ChatGLM3-6B. GLM-4 (the -hf releases) needs no conversion; ChatGLM-6B is "
             "another model, with prefix attention and two positions a token, and can't be converted."
         )
+    if missing := NEEDED - old.keys():
+        raise UserError(f"{folder}/config.json: it lacks {', '.join(sorted(missing))}. Download it again.")
     for name, (expected, otherwise) in EXPECTED.items():
         if (value := old.get(name, expected)) != expected:
             raise UserError(f"{folder}/config.json: {name} is {value}, not {expected}: {otherwise}. Not converted.")
@@ -86,7 +100,7 @@ def read_config(folder: Path) -> GlmConfig:
         attention_bias=old["add_qkv_bias"],
         attention_dropout=old["attention_dropout"],
         max_position_embeddings=old["seq_length"],
-        tie_word_embeddings=old.get("tie_word_embeddings", False),
+        tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         bos_token_id=None,
         eos_token_id=None,  # known with the tokenizer
@@ -133,39 +147,53 @@ def rename(name: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torc
     }
 
 
-def read_shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The files of weights, one at a time; pickled ones are read as tensors only, never as code."""
+def read_shards(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The files of weights with their names; pickled ones are read as tensors only, never as code.
+
+    Raises:
+        UserError: there is none, or one that can't be read.
+    """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: there is neither a .safetensors nor a pytorch_model*.bin file in it.")
     for file in files:
         is_safe = file.suffix == ".safetensors"
-        yield load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            yield file.name, load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"{file}: no weights can be read from it ({str(error).splitlines()[0]}). It may be broken, or what git "
+                "clone left in its place: git lfs pull, or download it again."
+            ) from None
 
 
 def convert_weights(source: Path, target: Path, config: GlmConfig) -> None:
-    """Writes the weights file by file, so that one of them is in memory at a time.
+    """Writes the weights file by file.
 
     Raises:
-        UserError: a weight is missing, is too many, or has another shape than the configuration says.
+        UserError: a weight is missing, stands in two files, or isn't what the configuration says.
     """
     with torch.device("meta"):
         missing = {name: tensor.shape for name, tensor in GlmForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del missing["lm_head.weight"]
-    weight_map, total = {}, 0
-    for number, shard in enumerate(read_shards(source), start=1):
+    weight_map, files, total = {}, [], 0
+    for number, (file, shard) in enumerate(read_shards(source), start=1):
+        files.append(file)
         new = {}
         for name, tensor in shard.items():
             new |= rename(name, tensor, config)
         for name, tensor in new.items():
+            if name in weight_map:
+                raise UserError(f"{source}: {name} stands in {file} and in a file before it. Remove what is left over.")
             if missing.pop(name, None) != tensor.shape:
                 raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, which config.json doesn't allow.")
             weight_map[name] = f"model-{number:05d}.safetensors"
             total += tensor.nbytes
         save_file(new, target / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
     if missing:
-        raise UserError(f"{source}: {len(missing)} weights are missing, {next(iter(missing))} among them: all files?")
+        raise UserError(
+            f"{source}: {len(missing)} weights are missing, {next(iter(missing))} among them. Read were "
+            f"{', '.join(files)}: is the download whole?"
+        )
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
 
@@ -199,7 +227,13 @@ def convert_tokenizer(source: Path) -> PreTrainedTokenizerFast:
         if not (source / name).is_file():
             raise UserError(f"{source}: there is no {name} in it. Download the whole folder; no code of it is run.")
     has_roles = "<|assistant|>" in (source / "tokenization_chatglm.py").read_text("utf-8")
-    processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    try:
+        processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    except RuntimeError:
+        raise UserError(
+            f"{source}/tokenizer.model: no SentencePiece model. Is it what git clone left in its place (git lfs pull), or "
+            "GLM-4's (its -hf release needs no conversion)?"
+        ) from None
     fast = fast_tokenizer(processor)
     for probe in PROBES:
         if (ours := fast.encode(probe).ids) != (theirs := processor.encode(probe)):

@@ -1,6 +1,6 @@
 """Mixed precision: what 16 bits can't hold, master weights that hold it, and the loss scaling that fp16 needs.
 
-fp16 has 5 bits of exponent: gradients below 6e-8 become 0. So the loss is multiplied by a large number before the
+fp16 has 5 bits of exponent: gradients below 3e-8 become 0. So the loss is multiplied by a large number before the
 backward pass and the gradients are divided by it after; where one has become infinite, the step is left out and the
 number halved (Micikevicius et al., "Mixed Precision Training", 2017). bf16 has the range of fp32 and needs no scale,
 but only 2 to 3 digits: a small update is lost in a large weight, so the weights themselves stay fp32.

@@ -1,6 +1,7 @@
 """A ChatGLM2/3 folder becomes GLM-4's class with the same logits and tokens, or is refused with the reason."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -55,18 +56,25 @@ def test_tokens_are_those_of_sentencepiece_with_chatglms_ids(converted):
     if roles:
         assert tokenizer.convert_tokens_to_ids(["<|system|>", "<|observation|>"]) == [size + 5, size + 8]
         # ChatGLM3's own code encodes "\n" and the text apart, each with a leading space.
-        assert ids == [size + 1, size + 3, size + 6, *processor.encode("\n"), *processor.encode("你好 world"), size + 7]
+        asked = [*processor.encode("\n"), *processor.encode("你好 world")]
+        assert ids == [size + 1, size + 3, size + 6, *asked, size + 7, *processor.encode("\n")]
     else:
         assert ids == [size + 1, size + 3, *processor.encode("[Round 1]\n\n问：你好 world\n\n答：")]
+    ids = tokenizer.apply_chat_template([*TURNS, TURNS[0]], add_generation_prompt=True, return_dict=False)
+    if roles:
+        said = [*processor.encode("\n"), *processor.encode("好的  ½")]
+        assert ids[2:] == [size + 6, *asked, size + 7, *said, size + 6, *asked, size + 7, *processor.encode("\n")]
+    else:
+        rounds = "[Round 1]\n\n问：你好 world\n\n答： 好的  ½\n\n[Round 2]\n\n问：你好 world\n\n答："
+        assert ids[2:] == processor.encode(rounds)
 
 
 def test_labels_are_the_replies(converted):
     roles, _, _, new = converted
     tokenizer = AutoTokenizer.from_pretrained(new)
     _, labels = encode_conversation(TURNS + TURNS, tokenizer)
-    learned = tokenizer.decode([label for label in labels if label != -100]).replace("\n", "")
-    assert learned.split("<|user|>" if roles else " 好")[0].strip() in ("好的  ½", "")
-    assert learned.count("好的  ½") == 2 and learned.endswith("</s>")
+    learned = tokenizer.decode([label for label in labels if label != -100])
+    assert learned == ("好的  ½<|user|> 好的  ½</s>" if roles else "好的  ½ 好的  ½</s>")
     system = [{"role": "system", "content": "天"}]
     if roles:
         encode_conversation(system + TURNS, tokenizer)
@@ -86,6 +94,27 @@ def test_what_is_converted_can_be_trained(converted, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.model", "config.json"])
+def test_what_git_lfs_left_is_named(name, tmp_path):
+    old = tmp_path / "old"
+    write_checkpoint(old)
+    if name.endswith(".bin"):
+        (old / "model.safetensors").unlink()
+    (old / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(UserError, match=f"{name}: no .*(git lfs pull|Download it again)"):
+        convert(old, tmp_path / "new")
+
+
+def test_half_precision_in_one_pickled_file(tmp_path):
+    weights = write_checkpoint(tmp_path / "old", torch_dtype="float16")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save({name: weight.half() for name, weight in weights.items()}, tmp_path / "old" / "pytorch_model.bin")
+    convert(tmp_path / "old", tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.dtype == torch.float16
+    assert torch.equal(model.lm_head.weight, weights["transformer.output_layer.weight"].half())
+
+
 def test_pickled_shards_are_read_as_tensors_only(tmp_path):
     weights = write_checkpoint(tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").unlink()
@@ -95,6 +124,12 @@ def test_pickled_shards_are_read_as_tensors_only(tmp_path):
             {name: weights[name] for name in part}, tmp_path / "old" / f"pytorch_model-0000{number}-of-00002.bin"
         )
     convert(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(UserError, match="stands in pytorch_model-00002-copy.bin and in a file before it"):
+        shutil.copy(
+            tmp_path / "old" / "pytorch_model-00002-of-00002.bin", tmp_path / "old" / "pytorch_model-00002-copy.bin"
+        )
+        (tmp_path / "old" / "pytorch_model-00002-of-00002.bin").rename(tmp_path / "old" / "pytorch_model-00001-x.bin")
+        convert(tmp_path / "old", tmp_path / "newer")
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model-00001.safetensors", "model-00002.safetensors"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
@@ -105,7 +140,7 @@ def test_pickled_shards_are_read_as_tensors_only(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"rope_ratio": 50}, "rope_ratio is 50, not 1: some releases divide the positions"),
+        ({"rope_ratio": 500}, "rope_ratio is 500, not 1: is it GLM-4"),
         ({"multi_query_attention": False}, "multi_query_attention is False"),
         ({"quantization_bit": 4}, "its weights are packed integers"),
         ({"model_type": "glm"}, r"no ChatGLM2-6B or ChatGLM3-6B. GLM-4 .* needs no conversion"),

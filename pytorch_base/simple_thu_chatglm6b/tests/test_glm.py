@@ -134,14 +134,15 @@ def test_a_reply_stops_at_each_end(tiny_glm):
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     assert sorted(model.generation_config.eos_token_id) == sorted(ends)
     for end in ends:
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-        model.lm_head.weight.data[end] = 1.0
+        passes = []
 
-        def always(_, inputs, output, end=end):
+        def always(_, inputs, output, end=end, passes=passes):
+            passes.append(end)
             output.fill_(0.0)[..., end] = 1.0
 
         hook = model.lm_head.register_forward_hook(always)
         assert reply_batch(model, tokenizer, [CONVERSATION[:2]], max_new_tokens=5, temperature=0) == [""]
+        assert passes == [end]
         hook.remove()
 
 
