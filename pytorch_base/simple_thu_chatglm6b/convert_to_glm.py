@@ -231,7 +231,7 @@ def convert_tokenizer(source: Path) -> PreTrainedTokenizerFast:
         processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     except RuntimeError:
         raise UserError(
-            f"{source}/tokenizer.model: no SentencePiece model. Is it what git clone left in its place (git lfs pull), or "
+            f"{source}/tokenizer.model: no SentencePiece model. Is it what git clone left there (git lfs pull), or "
             "GLM-4's (its -hf release needs no conversion)?"
         ) from None
     fast = fast_tokenizer(processor)
