@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Else torchrun's own store serves every attempt, and a rank may find there the address of one that has died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 set -x
 exec torchrun --nproc_per_node 2 --max_restarts 1 --rdzv_backend c10d --rdzv_endpoint localhost:0 \

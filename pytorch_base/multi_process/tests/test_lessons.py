@@ -215,6 +215,7 @@ def test_two_nodes_form_one_job(folder):
 
 
 def test_node_that_waits_for_the_other_ends_on_ctrl_c(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     process = start("bash run_code062.sh", folder, MASTER_PORT=free_port())
     assert any(line.startswith("+ wait") for line in process.stdout)
     time.sleep(3)  # torchrun has begun to wait; before that it would end, too
