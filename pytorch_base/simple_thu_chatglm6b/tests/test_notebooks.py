@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 from conftest import RECIPE
 
 NAMES = ("code01_processdata", "code02_trainmodel", "infer")
+pytestmark = pytest.mark.xdist_group("notebooks")  # all in one worker: they are executed once
 WRITTEN_BY_RUNS = shutil.ignore_patterns("output*", "cache_data", "__pycache__", ".*_cache", ".ipynb_checkpoints")
 
 
