@@ -85,8 +85,8 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     Args:
         data_source: which rule counts: "arithmetic", or anything else for an exact match.
         solution_str: the reply without its end-of-turn token.
-        extra_info: what the data's row brought along, and `question`, what was asked; from `train.py` also
-            `finished`, whether the reply came to its end before `max_response_length`.
+        extra_info: what the data's row brought along, and `question`, what was asked (unless the row brought one);
+            from `train.py` also `finished`, whether the reply came to its end before `max_response_length`.
 
     Returns:
         `score`, which is learned from (1 for a right answer, WORK_REWARD for the steps on the way, FORMAT_REWARD for

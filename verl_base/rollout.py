@@ -66,7 +66,7 @@ def call_reward_function(reward_function, prompt: Prompt, reply: str, finished: 
             data_source=prompt.data_source,
             solution_str=reply,
             ground_truth=prompt.ground_truth,
-            extra_info={**prompt.extra_info, "question": prompt.messages[-1]["content"], "finished": finished},
+            extra_info={"question": prompt.messages[-1]["content"], **prompt.extra_info, "finished": finished},
         )
         result = dict(result) if isinstance(result, dict) else {"score": result}
         numbers = {name: float(value) for name, value in result.items() if not isinstance(value, str)}

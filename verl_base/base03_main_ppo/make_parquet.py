@@ -21,7 +21,7 @@ def make_prompt_row(row: object, source: str, split: str, number: int) -> dict:
         "data_source": data_source,
         "prompt": [{"role": message["role"], "content": message["content"]} for message in messages],
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
-        "extra_info": {**given, "question": asked, "split": split, "index": number, "source": source},
+        "extra_info": {"question": asked, **given, "split": split, "index": number, "source": source},
     }
 
 

@@ -47,16 +47,8 @@ def test_nothing_is_left(how, nproc, request, tmp_path, monkeypatch, policy_fold
     output, log = tmp_path / "output", tmp_path / "log"
     monkeypatch.setenv("RUN", str(output))
     flags = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--output_dir", str(output)]
-    flags += [
-        "--reward_function",
-        reward_file,
-        "--max_response_length",
-        "8",
-        "--nproc",
-        str(nproc),
-        "--logging_steps",
-        "1",
-    ]
+    flags += ["--reward_function", reward_file, "--max_response_length", "8", "--logging_steps", "1"]
+    flags += ["--nproc", str(nproc)]
     flags += ["--train_batch_size", "4", "--ppo_mini_batch_size", "2", "--total_training_steps", "100000"]
     run = start_run([*flags, "--test_freq", "100000", "--save_freq", "100000"], log)
     request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
