@@ -18,6 +18,7 @@ def read_history(output) -> list[dict]:
 def test_reward_rises_and_the_report_says_so(run_train, capsys):
     output = run_train(
         total_training_steps=25,
+        nproc=1,
         learning_rate=1e-2,
         train_batch_size=8,
         ppo_mini_batch_size=4,
@@ -72,7 +73,7 @@ def test_failing_rewards_end_the_run_or_are_left_out(run_train, tmp_path):
         "import random\n\n\ndef score(solution_str, **_):\n"
         "    if len(solution_str) % 3 == 0:\n        raise RuntimeError('judge is down')\n    return random.random()\n"
     )
-    flags = {"reward_function": f"{path}:score", "total_training_steps": 1, "train_batch_size": 8}
+    flags = {"reward_function": f"{path}:score", "total_training_steps": 1, "train_batch_size": 8, "nproc": 1}
     with pytest.raises(UserError, match="judge is down"):
         run_train(**flags)
     output = run_train(**flags, skip_bad_rewards="true", overwrite_output_dir="true")
@@ -83,7 +84,8 @@ def test_failing_rewards_end_the_run_or_are_left_out(run_train, tmp_path):
 def test_equal_rewards_teach_nothing_and_are_counted(run_train, tmp_path, policy_folder):
     path = tmp_path / "my_rewards.py"
     path.write_text("def score(**_):\n    return 1.0\n")
-    output = run_train(reward_function=f"{path}:score", total_training_steps=2, algorithm="dapo", max_num_gen_batches=2)
+    flags = {"reward_function": f"{path}:score", "total_training_steps": 2, "max_num_gen_batches": 2, "nproc": 1}
+    output = run_train(**flags, algorithm="dapo")
     results = json.loads((output / "train_results.json").read_text("utf-8"))
     assert results["equal_groups"] == 8
     before, after = load_file(f"{policy_folder}/model.safetensors"), load_file(output / "model.safetensors")

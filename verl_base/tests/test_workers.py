@@ -73,7 +73,7 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
     folder = make_policy(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
-    model_args, _, args = read_flags(model_name_or_path=folder)
+    model_args, _, args = read_flags(model_name_or_path=folder, nproc=1)
     policy, _ = start(model_args, args, reply_length=48)
     batch = sample(policy, prompts[:8], tokenizer.pad_token_id, 8, temperature=1.0, seed=3).batch
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
