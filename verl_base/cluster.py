@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ if not ON_GPU:
     }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+warnings.filterwarnings("ignore", module="verl.workers.engine")  # tells of engines that nobody asked for
 # torch.nested asks torch.fx whether it is tracing, which torch 2.13 comments on, once a process.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 

@@ -70,7 +70,7 @@ SHOWN = {
         r"proof: a step moved the logits by 0\.\d+; all that should be equal differs by at most \d\.\de-(0[789])",
     ],
 }
-BY_COMMAND = "base02_calc_logit.code01_get_logits"
+BY_COMMAND = "base01_worker_and_ray.code01_ray_actor"
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_command_leaves_no_process(folder, environment, tmp_path):
     assert process.returncode == 0, text[-5000:]
     assert_shown(BY_COMMAND, text)
     assert {"raylet", "gcs_server"} <= seen and not left
-    assert not (folder / "output_base02" / "ray").exists(), "Ray's logs are left"
+    assert not (folder / "output_base01" / "ray").exists(), "Ray's logs are left"
 
 
 def test_notebook_shows_equal_logits(folder, environment):

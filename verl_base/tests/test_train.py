@@ -67,16 +67,14 @@ def test_resumed_run_equals_one_that_was_never_stopped(run_train, capsys, tmp_pa
         run_train(**flags, learning_rate=2e-3)
 
 
-def test_failing_rewards_end_the_run_or_are_left_out(run_train, tmp_path):
+def test_failing_rewards_are_left_out_and_counted(run_train, tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(
         "import random\n\n\ndef score(solution_str, **_):\n"
         "    if len(solution_str) % 3 == 0:\n        raise RuntimeError('judge is down')\n    return random.random()\n"
     )
     flags = {"reward_function": f"{path}:score", "total_training_steps": 1, "train_batch_size": 8, "nproc": 1}
-    with pytest.raises(UserError, match="judge is down"):
-        run_train(**flags)
-    output = run_train(**flags, skip_bad_rewards="true", overwrite_output_dir="true")
+    output = run_train(**flags, skip_bad_rewards="true")
     results = json.loads((output / "train_results.json").read_text("utf-8"))
     assert 0 < results["bad_rewards"] < 32 and results["skipped_updates"] == 0
 
