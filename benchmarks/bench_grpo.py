@@ -2,7 +2,7 @@
 
     make verl && . .venv-verl/bin/activate
     pip install --no-deps --target .venv-verl/bench -r requirements-bench.txt
-    python benchmarks/bench_grpo.py --trl .venv-verl/bench     about 40 minutes
+    python benchmarks/bench_grpo.py --trl .venv-verl/bench     about an hour
 
 (verl doesn't start where it can import TRL, so TRL is installed aside and put on the path for its own runs only.)
 

@@ -149,7 +149,7 @@ def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, t
     """PPO needs all that GRPO needs, and a critic."""
     output = tmp_path / "ppo"
     dump = f"trainer.rollout_data_dir={output / 'rollouts'}"
-    variables = {"MODEL": policy_folder, "ALGORITHM": "ppo", "NPROC": "2"}
+    variables = {"MODEL": policy_folder, "ALGORITHM": "ppo", "NPROC": "1"}
     run = start_script("train_cpu.sh", output, task, [*RL, dump], **variables)
     request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
     addresses = set()
