@@ -25,7 +25,7 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/transformers_flow && python -m pytest tests -n 2
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests -n 2 --dist loadgroup --ignore tests/test_page.py
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests/test_page.py
-	$(VERL) && cd verl_base && python -m pytest tests -n 2 --dist loadgroup --ignore tests/test_infer.py
+	$(VERL) && cd verl_base && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_infer.py
 	$(VERL) && cd verl_base && python -m pytest tests/test_infer.py
 
 lint: .venv/test

@@ -11,8 +11,6 @@ from data import load_prompts
 from engines import compute_log_probs, update_policy
 from rollout import sample
 
-pytestmark = pytest.mark.xdist_group("workers")  # they learn from a rollout that the first of them keeps
-
 
 def plain_log_probs(model, batch) -> torch.Tensor:
     """Log-probabilities [replies, length] of the replies by one padded forward pass."""
