@@ -34,6 +34,7 @@ def load_policy(path: str, device: str | None = None):
             model = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no trained model there ({str(error).splitlines()[0]}).") from None
+    model.generation_config = GenerationConfig()  # what a folder recommends for chatting would change the samples
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 

@@ -11,18 +11,9 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from layers import log_probs_of_labels
+
 MODEL_TYPE = "language_model_shared_prompt"
-
-
-def log_probs_of_labels(logits, labels):
-    """Log-probabilities of the labels, for all tokens in one call: logits [tokens, vocabulary], labels [tokens].
-
-    Where FlashAttention's cross-entropy isn't installed, verl takes one call, and one node of the graph, a token.
-    """
-    return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-
-
-torch_functional.logprobs_from_logits_v2 = log_probs_of_labels
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
 
+import copy
+
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from verl import DataProto
@@ -10,6 +12,8 @@ from verl.workers.engine_workers import TrainingWorker
 
 from shared_prompt import read_prompts, unsharded  # and with it, the engine is registered
 
+STRETCH = 8  # tokens between two looks at which replies are finished
+
 
 class RecordLogProbs(LogitsProcessor):
     """Scales logits by the temperature and keeps the log-probability of each token that is then sampled.
@@ -17,7 +21,7 @@ class RecordLogProbs(LogitsProcessor):
     What generate could return for this is the logits of all steps, vocabulary-wide; this keeps one step's.
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature):
         self.temperature, self.distribution, self.log_probs = temperature, None, []
 
     def __call__(self, input_ids, scores):
@@ -31,27 +35,52 @@ class RecordLogProbs(LogitsProcessor):
 
 
 @torch.no_grad()
-def sample_replies(model, input_ids, attention_mask, n: int, settings: GenerationConfig, temperature: float):
+def sample_replies(model, input_ids, attention_mask, n: int, settings: GenerationConfig, temperature):
     """n replies to each prompt; a prompt's keys and values are computed once and then shared by its n replies.
+
+    generate goes on with a finished reply until the last one is finished. Here it is called for STRETCH tokens at a
+    time, and goes on with the unfinished ones.
 
     Args:
         input_ids, attention_mask: [prompts, prompt length], padded on the left.
+        settings: all that counts; what the model's folder recommends (top_p, repetition_penalty) is for chatting.
+        temperature: a number, or one for each reply [prompts * n, 1].
 
     Returns:
-        Tokens [prompts * n, reply length] and their log-probabilities at that temperature; a prompt's replies follow
+        Tokens [prompts * n, max_new_tokens] and their log-probabilities at that temperature; a prompt's replies follow
         one another.
     """
     cache = read_prompts(model, input_ids, attention_mask, n)
-    recorder = RecordLogProbs(temperature)
-    sequences = model.generate(
-        input_ids=input_ids.repeat_interleave(n, 0),
-        attention_mask=attention_mask.repeat_interleave(n, 0),
-        past_key_values=cache,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([recorder]),
-    )
-    recorder.record(sequences)
-    return sequences[:, input_ids.shape[1] :], torch.cat(recorder.log_probs, dim=1)
+    sequences, mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
+    temperature = torch.as_tensor(temperature, device=sequences.device).expand(len(sequences), 1)
+    width, reply_length = input_ids.shape[1], settings.max_new_tokens
+    responses = sequences.new_full((len(sequences), reply_length), settings.pad_token_id)
+    log_probs = torch.zeros(responses.shape, device=responses.device)
+    unfinished = torch.arange(len(sequences), device=responses.device)
+    recommended, settings = model.generation_config, copy.copy(settings)
+    model.generation_config = settings  # generate would take what isn't set here from there
+    for start in range(0, reply_length, STRETCH):
+        settings.max_new_tokens = min(STRETCH, reply_length - start)
+        recorder = RecordLogProbs(temperature)
+        sequences = model.generate(
+            input_ids=sequences,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([recorder]),
+        )
+        recorder.record(sequences)
+        said = sequences[:, width + start :]
+        responses[unfinished, start : start + said.shape[1]] = said
+        log_probs[unfinished, start : start + said.shape[1]] = torch.cat(recorder.log_probs, dim=1)
+        goes_on = (said != settings.eos_token_id).all(1)
+        if not goes_on.any():
+            break
+        unfinished, sequences, temperature = unfinished[goes_on], sequences[goes_on], temperature[goes_on]
+        mask = torch.nn.functional.pad(mask[goes_on], (0, said.shape[1]), value=1)
+        cache.batch_select_indices(goes_on)
+    model.generation_config = recommended
+    return responses, log_probs
 
 
 class PolicyWorker(TrainingWorker):
@@ -87,12 +116,8 @@ class PolicyWorker(TrainingWorker):
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         with self.engine.eval_mode(), unsharded(self.engine.module):
             responses, log_probs = sample_replies(self.engine.module, ids, mask, n, settings, temperature)
-        missing = self.reply_length - responses.shape[1]
-        responses = torch.nn.functional.pad(responses, (0, missing), value=pad)
-        log_probs = torch.nn.functional.pad(log_probs, (0, missing))
         is_eos = responses == eos
         response_mask = (is_eos.cumsum(1) - is_eos.long() == 0).long()  # the first EOS is said, too
-        response_mask[:, self.reply_length - missing :] = 0
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         attention_mask = torch.cat([mask, response_mask], dim=1)
         return DataProto.from_dict(

@@ -12,6 +12,11 @@ from engines import compute_log_probs, update_policy
 from rollout import sample
 
 
+def load_plain(folder) -> torch.nn.Module:
+    """The model with its attention written out, which shares nothing with ours."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
 def plain_log_probs(model, batch) -> torch.Tensor:
     """Log-probabilities [replies, length] of the replies by one padded forward pass."""
     length = batch["responses"].shape[1]
@@ -51,7 +56,7 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
     assert torch.equal(rollout.batch["responses"], again.batch["responses"])
     assert not torch.equal(rollout.batch["responses"], other.batch["responses"])
     assert len({tuple(reply) for reply in rollout.batch["responses"][:4].tolist()}) > 1
-    model = AutoModelForCausalLM.from_pretrained(policy_folder)
+    model = load_plain(policy_folder)
     mask = rollout.batch["response_mask"]
     with torch.no_grad():
         expected = plain_log_probs(model, rollout.batch)
@@ -69,10 +74,13 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
 
 
 def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_path):
-    """The token that ends a turn, though the model's folder names another one, as those of base models do."""
+    """The token that ends a turn, though the model's folder names another one, as those of base models do; and what a
+    folder recommends for chatting has no say in training."""
     folder = make_policy(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.5}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(recommended))
     model_args, _, args = read_flags(model_name_or_path=folder, nproc=1)
     policy, _ = start(model_args, args, reply_length=48)
     batch = sample(policy, prompts[:8], tokenizer.pad_token_id, 8, temperature=1.0, seed=3).batch
@@ -83,6 +91,13 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
         said = reply[mask.bool()].tolist()
         assert said.count(eos) == int(has_end) and (said[-1] == eos or len(said) == 48)
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+    with torch.no_grad():
+        expected = plain_log_probs(load_plain(folder), batch)
+    torch.testing.assert_close(batch["old_log_probs"], expected, atol=1e-5, rtol=0)
+    assert -expected.sum() / batch["response_mask"].sum() == pytest.approx(5.7, abs=0.1)  # ln 297: of all tokens
+    policy.save_model(str(tmp_path / "learned"))
+    saved = json.loads((tmp_path / "learned" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in recommended} == recommended
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -97,7 +112,7 @@ def test_an_update_is_that_of_a_plain_loop(start, read_flags, processes, rollout
     metrics = update_policy(policy, rollout, args)
     policy.save_model(str(tmp_path / "learned"))
 
-    model = AutoModelForCausalLM.from_pretrained(policy_folder)
+    model = load_plain(policy_folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     batch, mask = rollout.batch, rollout.batch["response_mask"]
     log_probs = plain_log_probs(model, batch)
@@ -111,7 +126,7 @@ def test_an_update_is_that_of_a_plain_loop(start, read_flags, processes, rollout
     optimizer.step()
     assert metrics["loss"] == [pytest.approx(loss.item(), abs=1e-5)]
     assert metrics["grad_norm"] == [pytest.approx(norm.item(), rel=1e-4)]
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "learned").state_dict()
+    trained = load_plain(tmp_path / "learned").state_dict()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=0)
 
@@ -135,6 +150,6 @@ def test_lora_learns_adapters_only(start, read_flags, rollout_file, policy_folde
     policy.save_model(str(tmp_path / "adapter"))
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(plain_log_probs(loaded, rollout.batch), after, atol=1e-5, rtol=0)
