@@ -68,6 +68,7 @@ def sample_replies(model, input_ids, attention_mask, n: int, settings: Generatio
             past_key_values=cache,
             generation_config=settings,
             logits_processor=LogitsProcessorList([recorder]),
+            synced_gpus=False,  # the model is whole in every process, which goes on by itself
         )
         recorder.record(sequences)
         said = sequences[:, width + start :]

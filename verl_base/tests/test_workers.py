@@ -75,26 +75,26 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
 
 def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_path):
     """The token that ends a turn, though the model's folder names another one, as those of base models do; and what a
-    folder recommends for chatting has no say in training."""
+    folder recommends for chatting has no say in training. One rank ends long before the other."""
     folder = make_policy(tmp_path / "base")
+    model, eos = load_plain(folder), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.get_input_embeddings().weight.data[eos] *= 20  # so that many replies end
+    model.save_pretrained(folder)
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.5}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(recommended))
-    model_args, _, args = read_flags(model_name_or_path=folder, nproc=1)
+    model_args, _, args = read_flags(model_name_or_path=folder)
     policy, _ = start(model_args, args, reply_length=48)
-    batch = sample(policy, prompts[:8], tokenizer.pad_token_id, 8, temperature=1.0, seed=3).batch
-    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ended = (batch["responses"] == eos).any(1)
-    assert 0 < ended.sum() < 64  # random weights end a reply now and then
-    for reply, mask, has_end in zip(batch["responses"], batch["response_mask"], ended, strict=True):
+    batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=23).batch
+    assert batch["response_mask"].sum(1).tolist() == [4, 2, 48, 48]
+    for reply, mask in zip(batch["responses"], batch["response_mask"], strict=True):
         said = reply[mask.bool()].tolist()
-        assert said.count(eos) == int(has_end) and (said[-1] == eos or len(said) == 48)
+        assert said.count(eos) == (said[-1] == eos) and (said[-1] == eos or len(said) == 48)
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
     with torch.no_grad():
-        expected = plain_log_probs(load_plain(folder), batch)
+        expected = plain_log_probs(model, batch)
     torch.testing.assert_close(batch["old_log_probs"], expected, atol=1e-5, rtol=0)
-    assert -expected.sum() / batch["response_mask"].sum() == pytest.approx(5.7, abs=0.1)  # ln 297: of all tokens
     policy.save_model(str(tmp_path / "learned"))
     saved = json.loads((tmp_path / "learned" / "generation_config.json").read_text())
     assert {name: saved.get(name) for name in recommended} == recommended
