@@ -1,7 +1,14 @@
-"""What makes a step fast: log-probabilities in one call, attention without copies. An import puts both in place."""
+"""What makes a step fast. The first two are put in place when this is imported.
+
+log_probs_of_labels  one call for all tokens
+grouped_sdpa         query heads share keys and values without a copy
+RoomyLayer           a cache to which a token is added without a copy of those before it
+SampledTokens        sampling by one random number a token instead of one for each word of the vocabulary
+"""
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from verl.utils import torch_functional
 
@@ -46,3 +53,54 @@ def grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling
 
 
 AttentionInterface.register("sdpa", grouped_sdpa)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [rows, key heads, length, head size] of a layer, in buffers with room for what comes next.
+
+    DynamicLayer would copy all of them for every new token.
+
+    Args:
+        layer: what it starts with.
+        room: tokens that can be added before rows are selected again.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        self.keys, self.values, self.is_initialized, self.room = layer.keys, layer.values, True, room
+        self.make_room()
+
+    def make_room(self) -> None:
+        self.buffers = [torch.nn.functional.pad(states, (0, 0, 0, self.room)) for states in (self.keys, self.values)]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices) -> None:
+        super().batch_select_indices(indices)
+        self.make_room()
+
+
+class SampledTokens(LogitsProcessor):
+    """Samples the next token itself and keeps its log-probability; a greedy generate then takes what was sampled.
+
+    By inverse transform: the token in whose share of the cumulated probabilities one uniform number falls.
+
+    Args:
+        temperature: a number, or one for each row [rows, 1].
+    """
+
+    def __init__(self, temperature):
+        self.temperature, self.log_probs = temperature, []
+
+    def __call__(self, input_ids, scores):
+        log_probs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)
+        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        sampled = torch.searchsorted(cumulated, cumulated[:, -1:] * uniform, right=True)
+        self.log_probs.append(log_probs.gather(-1, sampled))
+        return torch.zeros_like(scores).scatter(-1, sampled, 1)

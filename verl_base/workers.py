@@ -1,80 +1,63 @@
 """What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
 
-import copy
-
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from layers import RoomyLayer, SampledTokens
 from shared_prompt import read_prompts, unsharded  # and with it, the engine is registered
 
-STRETCH = 8  # tokens between two looks at which replies are finished
-
-
-class RecordLogProbs(LogitsProcessor):
-    """Scales logits by the temperature and keeps the log-probability of each token that is then sampled.
-
-    What generate could return for this is the logits of all steps, vocabulary-wide; this keeps one step's.
-    """
-
-    def __init__(self, temperature):
-        self.temperature, self.distribution, self.log_probs = temperature, None, []
-
-    def __call__(self, input_ids, scores):
-        self.record(input_ids)
-        self.distribution = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        return self.distribution
-
-    def record(self, input_ids) -> None:
-        if self.distribution is not None:
-            self.log_probs.append(self.distribution.gather(-1, input_ids[:, -1:]))
+STRETCH = 16  # tokens between two looks at which replies are finished
 
 
 @torch.no_grad()
-def sample_replies(model, input_ids, attention_mask, n: int, settings: GenerationConfig, temperature):
-    """n replies to each prompt; a prompt's keys and values are computed once and then shared by its n replies.
+def sample_replies(model, input_ids, attention_mask, n: int, reply_length: int, tokenizer, temperature):
+    """n replies to each prompt, sampled from all tokens by Transformers' generate, but for three things.
 
-    generate goes on with a finished reply until the last one is finished. Here it is called for STRETCH tokens at a
-    time, and goes on with the unfinished ones.
+    A prompt's keys and values are computed once and then shared by its replies. generate would go on with a finished
+    reply until the last one is finished: it is called for STRETCH tokens at a time, and goes on with the unfinished
+    ones. And it would take what isn't said here from what the model's folder recommends for chatting (top_p,
+    repetition_penalty), so that is put aside.
 
     Args:
         input_ids, attention_mask: [prompts, prompt length], padded on the left.
-        settings: all that counts; what the model's folder recommends (top_p, repetition_penalty) is for chatting.
         temperature: a number, or one for each reply [prompts * n, 1].
 
     Returns:
-        Tokens [prompts * n, max_new_tokens] and their log-probabilities at that temperature; a prompt's replies follow
-        one another.
+        Tokens [prompts * n, reply_length], padded after their EOS, and their log-probabilities at that temperature; a
+        prompt's replies follow one another.
     """
     cache = read_prompts(model, input_ids, attention_mask, n)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = RoomyLayer(layer, STRETCH)
     sequences, mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
     temperature = torch.as_tensor(temperature, device=sequences.device).expand(len(sequences), 1)
-    width, reply_length = input_ids.shape[1], settings.max_new_tokens
-    responses = sequences.new_full((len(sequences), reply_length), settings.pad_token_id)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    responses = sequences.new_full((len(sequences), reply_length), pad)
     log_probs = torch.zeros(responses.shape, device=responses.device)
     unfinished = torch.arange(len(sequences), device=responses.device)
-    recommended, settings = model.generation_config, copy.copy(settings)
-    model.generation_config = settings  # generate would take what isn't set here from there
+    recommended, model.generation_config = model.generation_config, GenerationConfig()
     for start in range(0, reply_length, STRETCH):
-        settings.max_new_tokens = min(STRETCH, reply_length - start)
-        recorder = RecordLogProbs(temperature)
+        sampled = SampledTokens(temperature)
+        length = min(STRETCH, reply_length - start)
         sequences = model.generate(
             input_ids=sequences,
             attention_mask=mask,
             past_key_values=cache,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([recorder]),
+            generation_config=GenerationConfig(max_new_tokens=length, eos_token_id=eos, pad_token_id=pad),
+            logits_processor=LogitsProcessorList([sampled]),
             synced_gpus=False,  # the model is whole in every process, which goes on by itself
         )
-        recorder.record(sequences)
-        said = sequences[:, width + start :]
+        said = sequences[:, input_ids.shape[1] + start :]
         responses[unfinished, start : start + said.shape[1]] = said
-        log_probs[unfinished, start : start + said.shape[1]] = torch.cat(recorder.log_probs, dim=1)
-        goes_on = (said != settings.eos_token_id).all(1)
+        log_probs[unfinished, start : start + said.shape[1]] = torch.cat(sampled.log_probs, dim=1)
+        goes_on = (said != eos).all(1)
         if not goes_on.any():
             break
         unfinished, sequences, temperature = unfinished[goes_on], sequences[goes_on], temperature[goes_on]
@@ -110,14 +93,12 @@ class PolicyWorker(TrainingWorker):
         n, temperature, seed = (prompts.meta_info[key] for key in ("n", "temperature", "seed"))
         torch.manual_seed(seed * self.world_size + self.rank)  # so a resumed run samples what this one does
         prompts = prompts.to(self.engine.module.device)
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        settings = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=self.reply_length, eos_token_id=eos, pad_token_id=pad
-        )
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         with self.engine.eval_mode(), unsharded(self.engine.module):
-            responses, log_probs = sample_replies(self.engine.module, ids, mask, n, settings, temperature)
-        is_eos = responses == eos
+            responses, log_probs = sample_replies(
+                self.engine.module, ids, mask, n, self.reply_length, self.tokenizer, temperature
+            )
+        is_eos = responses == self.tokenizer.eos_token_id
         response_mask = (is_eos.cumsum(1) - is_eos.long() == 0).long()  # the first EOS is said, too
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         attention_mask = torch.cat([mask, response_mask], dim=1)

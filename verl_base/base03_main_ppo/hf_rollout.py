@@ -10,7 +10,7 @@ import os
 
 import ray
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
@@ -66,13 +66,10 @@ class HFServer:
         from workers import sample_replies
 
         inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        settings = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=self.reply_length, eos_token_id=eos, pad_token_id=pad
-        )
+        eos = self.tokenizer.eos_token_id
         temperature = torch.tensor(temperatures)[:, None].clamp(min=1e-5)  # 0: the likeliest token
         tokens, log_probs = sample_replies(
-            self.model, inputs["input_ids"], inputs["attention_mask"], 1, settings, temperature
+            self.model, inputs["input_ids"], inputs["attention_mask"], 1, self.reply_length, self.tokenizer, temperature
         )
         outputs = []
         for ids, values in zip(tokens.tolist(), log_probs.tolist(), strict=True):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_policy
 from data import load_prompts
 from engines import compute_log_probs, update_policy
+from layers import SampledTokens
 from rollout import sample
 
 
@@ -73,6 +74,17 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
     with_advantages(rollout).save_to_disk(rollout_file)
 
 
+def test_tokens_are_sampled_by_their_probabilities():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
+    sampled = SampledTokens(2.0)
+    tokens = sampled(None, (2 * probabilities.log()).expand(100_000, -1)).argmax(-1)
+    shares = torch.bincount(tokens, minlength=6) / 100_000
+    torch.testing.assert_close(shares, probabilities, atol=0.005, rtol=0)  # three standard errors
+    assert not shares[probabilities == 0].any()
+    torch.testing.assert_close(sampled.log_probs[0][:, 0], probabilities[tokens].log())
+
+
 def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_path):
     """The token that ends a turn, though the model's folder names another one, as those of base models do; and what a
     folder recommends for chatting has no say in training. One rank ends long before the other."""
@@ -86,8 +98,8 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(recommended))
     model_args, _, args = read_flags(model_name_or_path=folder)
     policy, _ = start(model_args, args, reply_length=48)
-    batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=23).batch
-    assert batch["response_mask"].sum(1).tolist() == [4, 2, 48, 48]
+    batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=32).batch
+    assert batch["response_mask"].sum(1).tolist() == [5, 48, 2, 12]
     for reply, mask in zip(batch["responses"], batch["response_mask"], strict=True):
         said = reply[mask.bool()].tolist()
         assert said.count(eos) == (said[-1] == eos) and (said[-1] == eos or len(said) == 48)
