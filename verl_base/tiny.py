@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
         optimizer.step()
         warmup.step()
         optimizer.zero_grad()
-        if step >= 120 and step % 5 == 0:
+        if step >= 120 and step % 10 == 0:
             accuracy = sample_accuracy(model, tokenizer, rng.sample(rows, min(512, len(rows))))
             if accuracy >= ENOUGH:
                 return accuracy
@@ -117,6 +118,7 @@ def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
     rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
     model, tokenizer = build_untuned(rows, seed)
     print("tuning the tiny model on worked examples until one reply in three is right ...", flush=True)
+    torch.set_num_threads(min(4, len(os.sched_getaffinity(0))))  # workers have one each, but none has started yet
     accuracy = tune_for_a_moment(model, tokenizer, rows, seed)
     print(f"... {accuracy:.0%} of the sampled replies are right", flush=True)
     model.save_pretrained(folder)
