@@ -1,4 +1,4 @@
-"""Rows of prompts -> rendered, checked, tokenised; a step's prompts as one left-padded batch."""
+"""Rows of prompts -> rendered, checked, tokenised, split; which of them a step draws."""
 
 import hashlib
 import json
@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from verl import DataProto
 
 from rows import UserError, check_prompt, detect_encoding, list_files, read_json
 
@@ -109,14 +107,3 @@ def prompts_of_draw(prompts: list[Prompt], draw: int, batch_size: int, seed: int
     positions = np.arange(draw * batch_size, (draw + 1) * batch_size)
     orders = {e: np.random.default_rng([seed, e]).permutation(len(prompts)) for e in set(positions // len(prompts))}
     return [prompts[orders[position // len(prompts)][position % len(prompts)]] for position in positions]
-
-
-def collate_prompts(prompts: list[Prompt], pad_token_id: int) -> DataProto:
-    """Left-padded `input_ids` and `attention_mask` [prompts, longest]."""
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        attention_mask[row, longest - len(prompt.input_ids) :] = 1
-    return DataProto.from_dict(tensors={"input_ids": input_ids, "attention_mask": attention_mask})

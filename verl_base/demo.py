@@ -1,29 +1,29 @@
 """The page: one question to the model before and after training, several samples of each, with their rewards."""
 
 import gradio as gr
+import pandas as pd
 
+from data import Prompt
 from infer import sample_scored
+from rows import UserError
 
 QUESTIONS = [["三十七加二十五等于几？", "六十二"], ["九十二减四十八等于几？", "四十四"], ["五加八等于几？", "十三"]]
-HEADERS = ["回复", "得分", "答对", "格式"]
+COLUMNS = {"reply": "回复", "score": "得分", "acc": "答对", "format": "格式", "work": "步骤", "length": "超长"}
 
 
-def as_table(rows: list[dict]) -> tuple[list[list], str]:
-    """The samples as a table, and their means in words."""
-    table = [
-        [row["reply"], round(row["score"], 2), "是" if row["acc"] else "否", "是" if row["format"] else "否"]
-        for row in rows
-    ]
-    right = sum(row["acc"] for row in rows)
-    mean = sum(row["score"] for row in rows) / len(rows)
-    return table, f"{len(rows)} 条回复，答对 {right:.0f} 条，平均得分 {mean:.2f}"
+def as_table(rows: list[dict]) -> tuple[pd.DataFrame, str]:
+    """The samples with all that the reward function says of them, and their means in words."""
+    table = pd.DataFrame(rows).rename(columns=COLUMNS).round(2)
+    right = f"，答对 {table['答对'].sum():.0f} 条" if "答对" in table else ""
+    return table, f"{len(rows)} 条回复{right}，平均得分 {table['得分'].mean():.2f}"
 
 
-def build_comparison(before, after, title: str = "强化学习前后对比"):
+def build_comparison(before, after, reward_function, title: str = "强化学习前后对比"):
     """The Gradio page.
 
     Args:
         before, after: pairs of model and tokenizer.
+        reward_function: judges the replies, as in training.
     """
 
     def ask(question: str, ground_truth: str, rule: str, n: int, temperature: float):
@@ -34,10 +34,12 @@ def build_comparison(before, after, title: str = "强化学习前后对比"):
         if len(question) > 500:
             raise gr.Error("问题太长了，请控制在 500 字以内。")
         messages, source = [{"role": "user", "content": question.strip()}], "arithmetic" if rule == "算术" else ""
-        shown = []
+        prompt, shown = Prompt(messages, ground_truth.strip(), source, source="页面"), []
         for model, tokenizer in (before, after):
-            rows = sample_scored(model, tokenizer, messages, ground_truth.strip(), source, int(n), temperature)
-            shown += as_table(rows)
+            try:
+                shown += as_table(sample_scored(model, tokenizer, prompt, reward_function, int(n), temperature))
+            except UserError as error:
+                raise gr.Error(str(error)) from None
         return shown
 
     with gr.Blocks(title=title) as demo:
@@ -60,7 +62,10 @@ def build_comparison(before, after, title: str = "强化学习前后对比"):
                     gr.Markdown(f"## {name}")
                     summary = gr.Markdown()
                     table = gr.Dataframe(
-                        headers=HEADERS, interactive=False, wrap=True, column_widths=["61%", "13%", "13%", "13%"]
+                        headers=list(COLUMNS.values()),
+                        interactive=False,
+                        wrap=True,
+                        column_widths=["40%", *["12%"] * 5],
                     )
                     outputs += [table, summary]
         gr.Examples(QUESTIONS, [question, ground_truth])

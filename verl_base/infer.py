@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rewards import compute_score
-from rows import UserError, check_prompt, read_json
+from data import Prompt, load_prompts
+from judge import call_reward_function, load_reward_function
+from model import find_end_of_turn
+from rows import UserError
 
 MAX_NEW_TOKENS = 256
+MAX_PROMPT_LENGTH = 4096  # tokens
 
 
 def load_policy(path: str, device: str | None = None):
@@ -25,7 +28,8 @@ def load_policy(path: str, device: str | None = None):
         UserError: there is no model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.eos_token = find_end_of_turn(tokenizer) or tokenizer.eos_token
         if Path(path, "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
@@ -38,18 +42,24 @@ def load_policy(path: str, device: str | None = None):
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def find_start(path: str) -> str:
-    """The model that the one in this folder was trained from; raises UserError where the folder doesn't say."""
+def read_results(path: str) -> dict:
+    """train_results.json of a run's folder: the model that it began with, what judged it, what it was measured on.
+
+    Raises:
+        UserError: there is none.
+    """
     results = Path(path, "train_results.json")
     if not results.is_file():
         raise UserError(f"{path}: no train_results.json there, so no run of train.py has come to its end in it.")
-    return json.loads(results.read_text("utf-8"))["model"]
+    return json.loads(results.read_text("utf-8"))
 
 
 @torch.no_grad()
-def sample_scored(model, tokenizer, messages: list[dict], ground_truth, data_source: str, n=8, temperature=1.0):
-    """n sampled replies to one prompt, as dicts, with what `compute_score` gives each (`score`, `acc` and so on)."""
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+def sample_scored(model, tokenizer, prompt: Prompt, reward_function, n: int = 8, temperature: float = 1.0):
+    """n sampled replies to one prompt, as dicts, each with what the reward function gives it (`score`, `acc` ...)."""
+    inputs = tokenizer.apply_chat_template(
+        prompt.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -64,9 +74,7 @@ def sample_scored(model, tokenizer, messages: list[dict], ground_truth, data_sou
     for ids in sequences[:, inputs["input_ids"].shape[1] :]:
         finished = bool((ids == tokenizer.eos_token_id).any())
         reply = tokenizer.decode(ids, skip_special_tokens=True)
-        extra_info = {"question": messages[-1]["content"], "finished": finished}
-        scores = compute_score(data_source, reply, ground_truth, extra_info)
-        rows.append({"reply": reply, **scores})
+        rows.append({"reply": reply, **call_reward_function(reward_function, prompt, reply, finished)})
     return rows
 
 
@@ -76,27 +84,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", help="one question; without it those of --file are asked")
     parser.add_argument("--ground_truth", default="", help="its right answer")
     parser.add_argument("--data_source", default="arithmetic", help="which rule of rewards.py judges it")
-    parser.add_argument("--file", default="cache_data/arithmetic/test.jsonl", help="prompts as train.py reads them")
+    parser.add_argument("--file", help="prompts as train.py reads them; the run's held-out ones unless given")
     parser.add_argument("--first", type=int, default=5, help="so many of the file's prompts")
+    parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
     parser.add_argument("--n", type=int, default=8, help="replies to each")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--demo", action="store_true", help="open the page instead")
     args = parser.parse_args(argv)
-    policies = {"before": load_policy(find_start(args.model)), "after": load_policy(args.model)}
+    results = read_results(args.model)
+    reward_function = load_reward_function(args.reward_function or results["reward_function"])
+    policies = {"before": load_policy(results["model"]), "after": load_policy(args.model)}
     if args.demo:
         from demo import build_comparison
 
-        build_comparison(policies["before"], policies["after"]).launch()
+        build_comparison(policies["before"], policies["after"], reward_function).launch()
         return
     if args.question:
-        prompts = [([{"role": "user", "content": args.question}], args.ground_truth, args.data_source)]
+        messages = [{"role": "user", "content": args.question}]
+        prompts = [Prompt(messages, args.ground_truth, args.data_source, source="--question")]
     else:
-        rows = [row for _, row, _ in read_json(args.file, "utf-8")]
-        prompts = [check_prompt(row) for row in rows[: args.first]]
-    for messages, ground_truth, data_source in prompts:
-        print(f"\n{messages[-1]['content']}  [{ground_truth}]")
+        prompts = load_prompts(args.file or results["eval_data_path"], policies["after"][1], MAX_PROMPT_LENGTH, None)
+    for prompt in prompts[: args.first]:
+        print(f"\n{prompt.messages[-1]['content']}  [{prompt.ground_truth}]")
         for name, (model, tokenizer) in policies.items():
-            rows = sample_scored(model, tokenizer, messages, ground_truth, data_source, args.n, args.temperature)
+            rows = sample_scored(model, tokenizer, prompt, reward_function, args.n, args.temperature)
             mean = sum(row["score"] for row in rows) / len(rows)
             print(f"  {name}: mean score {mean:.2f}")
             for (reply, score), count in Counter((row["reply"], row["score"]) for row in rows).most_common():

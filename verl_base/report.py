@@ -30,9 +30,10 @@ def print_run_screen(model_name: str, prompts: list, held_out: list, tokenizer, 
     )
 
 
-def print_step(metrics: dict) -> None:
+def print_step(metrics: dict, total_steps: int) -> None:
+    left = (total_steps - metrics["step"]) * metrics["seconds"] / 60
     figures = " ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-    print(f"step {metrics['step']:4d}  {figures}", flush=True)
+    print(f"step {metrics['step']:4d}  {figures}  {left:.1f} min left", flush=True)
 
 
 def report_evaluation(step: int, scores: dict, judged: Judged, samples_file: Path, shown: int = 3) -> None:

@@ -1,9 +1,7 @@
 """What a step does between sampling and learning: judge the replies, compare them within their group, count."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +10,8 @@ from verl.protocol import pad_dataproto_to_divisor
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from data import Prompt, collate_prompts
+from data import Prompt
+from judge import call_reward_function
 from rows import UserError
 
 
@@ -40,45 +39,6 @@ class Judged:
     def right(self) -> np.ndarray:
         """`acc` where the reward function returns it, else the score."""
         return self.parts.get("acc", self.scores)
-
-
-def load_reward_function(path_and_name: str):
-    """The function of `file.py:name`.
-
-    Raises:
-        UserError: no such file, or no such function in it.
-    """
-    path, _, name = path_and_name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--reward_function {path_and_name}: give file.py:function; there is no file {path or name}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward_function {path_and_name}: {path} has no function {name}.")
-    return getattr(module, name)
-
-
-def call_reward_function(reward_function, prompt: Prompt, reply: str, finished: bool) -> dict[str, float]:
-    """`score` and its parts of one reply; raises UserError with the sample where the function fails."""
-    try:
-        result = reward_function(
-            data_source=prompt.data_source,
-            solution_str=reply,
-            ground_truth=prompt.ground_truth,
-            extra_info={"question": prompt.messages[-1]["content"], **prompt.extra_info, "finished": finished},
-        )
-        result = dict(result) if isinstance(result, dict) else {"score": result}
-        numbers = {name: float(value) for name, value in result.items() if not isinstance(value, str)}
-        if not math.isfinite(numbers["score"]):
-            raise ValueError(f"the score is {numbers['score']}")
-    except Exception as error:  # noqa: BLE001  (the user's code: whatever it raises is reported with its sample)
-        question = prompt.messages[-1]["content"]
-        raise UserError(
-            f"{prompt.source}: the reward function failed on the reply {reply!r} to {question!r}: "
-            f"{type(error).__name__}: {error}. Mend it, or leave such replies out by --skip_bad_rewards true."
-        ) from error
-    return numbers
 
 
 def judge_replies(rollout: DataProto, prompts: list[Prompt], tokenizer, reward_function, skip_bad: bool) -> Judged:
@@ -173,13 +133,26 @@ def rollout_statistics(rollout: DataProto, judged: Judged) -> dict[str, float]:
     log_probs = rollout.batch["old_log_probs"][mask]
     return {
         "reward": float(np.nanmean(judged.scores)),
+        "reward_std": float(np.nanstd(judged.scores)),
         **{name: float(np.nanmean(values)) for name, values in judged.parts.items()},
         "reply_length": float(judged.lengths.mean()),
+        "longest_reply": int(judged.lengths.max()),
         "finished": float(judged.finished.mean()),
         "entropy": -log_probs.mean().item(),
         "equal_groups": int(find_equal_groups(judged).sum()),
         "bad_rewards": int(np.isnan(judged.scores).sum()),
     }
+
+
+def collate_prompts(prompts: list[Prompt], pad_token_id: int) -> DataProto:
+    """Left-padded `input_ids` and `attention_mask` [prompts, longest]."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        attention_mask[row, longest - len(prompt.input_ids) :] = 1
+    return DataProto.from_dict(tensors={"input_ids": input_ids, "attention_mask": attention_mask})
 
 
 def sample(policy, prompts: list[Prompt], pad_token_id: int, n: int, temperature: float, seed: int) -> DataProto:

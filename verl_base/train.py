@@ -17,6 +17,7 @@ from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, seal_
 from cluster import local_cluster, ray  # it says to verl and Ray where they are
 from data import hash_prompts, load_split, prompts_of_draw
 from engines import compute_log_probs, start_workers, update_policy
+from judge import load_reward_function
 from model import load_policy_tokenizer
 from report import print_run_screen, print_step, report_evaluation, save_rl_report
 from rollout import (
@@ -25,7 +26,6 @@ from rollout import (
     find_equal_groups,
     join_rollouts,
     judge_replies,
-    load_reward_function,
     rollout_statistics,
     sample,
     select_groups,
@@ -117,7 +117,7 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
         history.append({"step": step, **metrics, "seconds": seconds, "replies_per_second": len(rollout) / seconds})
         last = step == args.total_training_steps
         if step % args.logging_steps == 0 or last:
-            print_step(history[-1])
+            print_step(history[-1], args.total_training_steps)
         if step % args.test_freq == 0 or last:
             measure(step)
         if step % args.save_freq == 0 or last:
@@ -128,12 +128,14 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
     return history
 
 
-def summarise(history: list[dict], model_name: str, started: float) -> dict:
+def summarise(history: list[dict], model_name: str, data_args, started: float) -> dict:
     """train_results.json: held out before and after, and what it took."""
     evaluations = [row for row in history if "pass@1" in row]
     steps = [row for row in history if "reward" in row]
     return {
         "model": model_name,
+        "reward_function": data_args.reward_function,
+        "eval_data_path": data_args.eval_data_path or data_args.data_path,
         "before": evaluations[0],
         "after": evaluations[-1],
         "kl": steps[-1].get("kl"),
@@ -165,7 +167,7 @@ def main():
         policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
         history = run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags)
         policy.save_model(args.output_dir)
-    results = summarise(history, model_args.model_name_or_path, started)
+    results = summarise(history, model_args.model_name_or_path, data_args, started)
     save_rl_report(args.output_dir, history, results)
     print(json.dumps(results, indent=2))
     lock.close()

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from conftest import QUESTIONS, make_policy, write_rows
-from data import collate_prompts, load_prompts, load_split, prompts_of_draw
+from data import load_prompts, load_split, prompts_of_draw
 from model import find_end_of_turn, load_policy_tokenizer
 from prepare import make_arithmetic, make_xiehouyu
 from rewards import add, compute_score, steps_to_take, subtract, to_chinese
+from rollout import collate_prompts
 from rows import UserError
 
 

@@ -10,8 +10,10 @@ import pytest
 from nbclient import NotebookClient
 
 from conftest import RECIPE, make_policy
+from data import Prompt
 from demo import build_comparison
-from infer import find_start, load_policy, main, sample_scored
+from infer import load_policy, main, read_results, sample_scored
+from rewards import compute_score
 from rows import UserError
 
 CHROMIUM = shutil.which("chromium")
@@ -20,7 +22,7 @@ FLAGS += " --disable-component-update --disable-sync"
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory, policy_folder) -> str:
+def output(tmp_path_factory, policy_folder, data_file, reward_file) -> str:
     """What a run leaves behind: another policy, and a history that rises."""
     folder = tmp_path_factory.mktemp("output")
     make_policy(folder, seed=1)
@@ -28,14 +30,20 @@ def output(tmp_path_factory, policy_folder) -> str:
     steps = [{"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "reply_length": 9.0} for step in (1, 2)]
     history = [before, *({**row, "equal_groups": 1} for row in steps), after]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-    (folder / "train_results.json").write_text(json.dumps({"model": policy_folder, "before": before, "after": after}))
+    results = {"model": policy_folder, "reward_function": reward_file, "eval_data_path": data_file}
+    (folder / "train_results.json").write_text(json.dumps({**results, "before": before, "after": after}))
     return str(folder)
 
 
-def test_command_line_asks_both_models(output, capsys):
-    main([output, "--question", "一加二等于几？", "--ground_truth", "三", "--n", "3"])
+def test_command_line_asks_both_models(output, capsys, tmp_path):
+    main([output, "--n", "2", "--first", "2"])  # what the run was measured on, judged by its own function
     lines = capsys.readouterr().out.splitlines()
-    assert "一加二等于几？  [三]" in lines
+    assert [line for line in lines if line.endswith("[八]")] == ["一加一等于几？  [八]", "一加二等于几？  [八]"]
+    (tmp_path / "my_rewards.py").write_text("def score(solution_str, ground_truth, **_):\n    return 7.25\n")
+    own = ["--reward_function", f"{tmp_path}/my_rewards.py:score"]
+    main([output, "--question", "一加二等于几？", "--ground_truth", "三", "--n", "3", *own])
+    lines = capsys.readouterr().out.splitlines()
+    assert "一加二等于几？  [三]" in lines and sum(line.endswith("[7.25]") for line in lines) > 2
     assert [line.split(":")[0].strip() for line in lines if "mean score" in line] == ["before", "after"]
     assert sum(int(line.split(" x ")[0]) for line in lines if " x " in line and line.endswith("]")) == 6
 
@@ -43,11 +51,12 @@ def test_command_line_asks_both_models(output, capsys):
 def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     Path(output, "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "top_p": 0.001}))
     model, _ = load_policy(output)
-    rows = sample_scored(model, tokenizer, [{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", n=4)
+    prompt = Prompt([{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", "here")
+    rows = sample_scored(model, tokenizer, prompt, compute_score, n=4)
     assert len({row["reply"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
     assert all({"reply", "score", "acc", "format"} <= set(row) for row in rows)
     with pytest.raises(UserError, match="no train_results.json there"):
-        find_start(str(RECIPE / "tests"))
+        read_results(str(RECIPE / "tests"))
     with pytest.raises(UserError, match="no trained model there"):
         load_policy(str(RECIPE / "tests"))
 
@@ -58,7 +67,7 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
 def test_page_shows_both_models_and_errors(output, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    demo = build_comparison(load_policy(find_start(output)), load_policy(output))
+    demo = build_comparison(load_policy(read_results(output)["model"]), load_policy(output), compute_score)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())

@@ -7,13 +7,13 @@ from verl import DataProto
 
 from conftest import write_rows
 from data import Prompt
+from judge import load_reward_function
 from rollout import (
     Judged,
     add_advantages,
     find_equal_groups,
     join_rollouts,
     judge_replies,
-    load_reward_function,
     rollout_statistics,
     select_groups,
 )
