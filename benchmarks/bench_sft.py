@@ -1,6 +1,6 @@
 """Supervised fine-tuning, side by side: train_qwen, TRL's SFTTrainer in three ways, and a plain padded Trainer.
 
-    pip install -r benchmarks/requirements.txt
+    pip install -r requirements-bench.txt
     python benchmarks/bench_sft.py                      about 15 minutes on 2 cores
     python benchmarks/bench_sft.py --rounds 1 --batch_sizes 8
 

@@ -14,13 +14,11 @@ from rows import UserError
 # What each algorithm sets where no flag says otherwise. Sources: GRPO arXiv:2402.03300, RLOO arXiv:2402.14740,
 # REINFORCE++ arXiv:2501.03262, DAPO arXiv:2503.14476 (a higher upper clip, no reference, groups without a lesson drawn
 # again).
+CLIPPED = {"clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False}
 ALGORITHMS = {
-    "grpo": {"adv_estimator": "grpo", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False},
-    "rloo": {"adv_estimator": "rloo", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False},
-    "reinforce_plus_plus": {
-        **{"adv_estimator": "reinforce_plus_plus", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001},
-        **{"filter_groups": False},
-    },
+    "grpo": {"adv_estimator": "grpo", **CLIPPED},
+    "rloo": {"adv_estimator": "rloo", **CLIPPED},
+    "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **CLIPPED},
     "dapo": {"adv_estimator": "grpo", "clip_ratio_high": 0.28, "kl_loss_coef": 0.0, "filter_groups": True},
 }
 
