@@ -36,6 +36,12 @@ command=(python -m verl.trainer.main_ppo --config-dir "$PWD/base03_main_ppo/conf
     trainer.nnodes="$NNODES"
     "$@")
 [[ -n "${DRY_RUN:-}" ]] && exec printf '%s\n' "${command[@]}"
+for address in "$head" 127.0.0.1:8265; do
+    if (echo > "/dev/tcp/${address/://}") 2> /dev/null; then
+        echo "error: $address is in use (by another Ray? ray stop); the head needs MASTER_PORT (6379) and 8265." >&2
+        exit 1
+    fi
+done
 python -m base03_main_ppo.make_parquet "$data" "$output/data"
 ray start --block --head --node-ip-address "$MASTER_ADDR" --port "${head##*:}" --dashboard-host 127.0.0.1 &
 trap "kill $!; wait" EXIT

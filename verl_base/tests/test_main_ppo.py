@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -126,6 +127,17 @@ def test_gpu_scripts_compose_what_verl_accepts(script, algorithm, tmp_path, task
         check_script(script, algorithm, str(tmp_path), "+trainer.total_step=3")
     with pytest.raises(InstantiationException, match="pipeline_model_parallel_size"):
         check_script(script, algorithm, str(tmp_path), "actor_rollout_ref.rollout.pipeline_model_parallel_size=2")
+
+
+def test_cluster_whose_port_is_in_use_does_not_start(task, tmp_path):
+    output = tmp_path / "cluster"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        head = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC": "1"}
+        run = start_script("train_cluster.sh", output, task, [], RAY_AUTH_TOKEN="secret", **head)
+        assert run.wait(timeout=60) == 1
+    assert f"error: 127.0.0.1:{port} is in use" in read_log(output)
+    assert not output.exists()
 
 
 def test_warm_start_lowers_the_loss(tmp_path, task):
