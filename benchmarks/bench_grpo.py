@@ -27,16 +27,16 @@ from pathlib import Path
 
 RECIPE = Path(__file__).parent.parent / "verl_base"
 PROMPTS, GROUP, LENGTH, WARM_UP = 32, 8, 32, 3
-WAYS = ["verl_base", "verl_base, 2 workers", "TRL"]
+WAYS = ["verl_base", "TRL", "verl_base, 2 processes", "TRL, 2 processes"]
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and everything that it started."""
+    """User and system time of this process and everything that it started, or under torchrun, that torchrun started."""
     import psutil
 
-    here = psutil.Process()
+    root = psutil.Process().parent() if "LOCAL_RANK" in os.environ else psutil.Process()
     total = 0.0
-    for process in [here, *here.children(recursive=True)]:
+    for process in [root, *root.children(recursive=True)]:
         try:
             times = process.cpu_times()
             total += times.user + times.system
@@ -109,7 +109,7 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     return {"replies": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
 
 
-def build_trl(model_args, args, prompts: list, output: str, steps: int):
+def build_trl(model_args, args, prompts: list, output: str, steps: int, processes: int):
     """TRL's trainer with the same settings; the same prompts in the same order of steps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -128,7 +128,8 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int):
         output_dir=output,
         use_cpu=True,
         bf16=False,
-        per_device_train_batch_size=PROMPTS * GROUP // 2,
+        ddp_backend="gloo",
+        per_device_train_batch_size=PROMPTS * GROUP // 2 // processes,
         steps_per_generation=2,
         num_generations=GROUP,
         max_completion_length=LENGTH,
@@ -159,7 +160,7 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int):
     )
 
 
-def measure_trl(model: str, steps: int, output: str) -> dict:
+def measure_trl(model: str, steps: int, processes: int, output: str) -> dict:
     """`trainer.train()`, from its fourth generation on."""
     from transformers import TrainerCallback
 
@@ -168,7 +169,7 @@ def measure_trl(model: str, steps: int, output: str) -> dict:
 
     model_args, data_args, args = our_flags(model, output, 1)
     prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
-    trainer = build_trl(model_args, args, prompts, output, WARM_UP + steps)
+    trainer = build_trl(model_args, args, prompts, output, WARM_UP + steps, processes)
     marks = {}
 
     class Clock(TrainerCallback):
@@ -221,7 +222,7 @@ def compute_trl_losses(model: str, output: str) -> list[float]:
 
     model_args, data_args, args = our_flags(model, output, 1)
     prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
-    trainer = build_trl(model_args, args, prompts, output, 1)
+    trainer = build_trl(model_args, args, prompts, output, 1, 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5, weight_decay=0.0)
@@ -250,6 +251,8 @@ def compute_trl_losses(model: str, output: str) -> list[float]:
 def run_apart(way: str, model: str, steps: int, trl: str, output: str):
     """A way in a process of its own, and what it prints as its last line; raises CalledProcessError."""
     command = [sys.executable, __file__, "--way", way, "--model", model, "--steps", str(steps), "--output", output]
+    if way == "TRL, 2 processes":
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if way.startswith("TRL"):
         environment["PYTHONPATH"] = str(Path(trl).resolve())
@@ -270,9 +273,8 @@ def compare(name: str, model: str, args, output: str) -> None:
     for way, runs in found.items():
         wall = statistics.median(run["replies"] / run["seconds"] for run in runs)
         length = statistics.mean(run["length"] for run in runs)
-        print(
-            f"| {way} | {speeds[way]:.0f} | {speeds[way] / speeds['TRL']:.2f} | {wall:.0f} | {length:.1f} |", flush=True
-        )
+        ratio = speeds[way] / speeds[way.replace("verl_base", "TRL")]  # at as many processes
+        print(f"| {way} | {speeds[way]:.0f} | {ratio:.2f} | {wall:.0f} | {length:.1f} |", flush=True)
 
 
 def main():
@@ -287,12 +289,15 @@ def main():
     if args.way:
         result = {
             "verl_base": lambda: measure_ours(args.model, args.steps, 1, args.output),
-            "verl_base, 2 workers": lambda: measure_ours(args.model, args.steps, 2, args.output),
-            "TRL": lambda: measure_trl(args.model, args.steps, args.output),
+            "verl_base, 2 processes": lambda: measure_ours(args.model, args.steps, 2, args.output),
+            "TRL": lambda: measure_trl(args.model, args.steps, 1, args.output),
+            "TRL, 2 processes": lambda: measure_trl(args.model, args.steps, 2, args.output),
             "losses": lambda: save_our_losses(args.model, args.output),
             "TRL losses": lambda: compute_trl_losses(args.model, args.output),
         }[args.way]()
-        return print(json.dumps(result))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
+        return
     args.trl = str(Path(args.trl).resolve())
     os.chdir(RECIPE)
     subprocess.run([sys.executable, "prepare.py", "arithmetic"], check=True, stdout=subprocess.DEVNULL)

@@ -23,9 +23,10 @@ def add(x: int, y: int) -> tuple[str, str, str]:
     """Question, worked reply and answer of a sum, units before tens."""
     units = x % 10 + y % 10
     carry = units // 10
-    tens = x // 10 + y // 10 + carry
+    tens = x // 10 + y // 10
     work = f"{DIGITS[x % 10]}加{DIGITS[y % 10]}得{to_chinese(units)}，"
-    work += f"{DIGITS[x // 10]}加{DIGITS[y // 10]}{'进一' * carry}得{to_chinese(tens)}，"
+    work += f"{DIGITS[x // 10]}加{DIGITS[y // 10]}得{to_chinese(tens)}，"
+    work += f"进一得{to_chinese(tens + 1)}，" * carry
     return f"{to_chinese(x)}加{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x + y)}", to_chinese(x + y)
 
 
@@ -34,7 +35,9 @@ def subtract(x: int, y: int) -> tuple[str, str, str]:
     borrow = int(x % 10 < y % 10)
     upper = x % 10 + 10 * borrow
     work = f"{to_chinese(upper)}减{DIGITS[y % 10]}得{DIGITS[upper - y % 10]}，"
-    work += f"{DIGITS[x // 10]}{'借一' * borrow}减{DIGITS[y // 10]}得{DIGITS[x // 10 - borrow - y // 10]}，"
+    tens = x // 10 - borrow
+    work += f"{DIGITS[x // 10]}借一得{DIGITS[tens]}，" * borrow
+    work += f"{DIGITS[tens]}减{DIGITS[y // 10]}得{DIGITS[tens - y // 10]}，"
     return f"{to_chinese(x)}减{to_chinese(y)}等于几？", f"{work}答案：{to_chinese(x - y)}", to_chinese(x - y)
 
 

@@ -25,8 +25,8 @@ def test_numbers_are_written_out(number, text):
 
 
 def test_worked_replies_are_right_and_well_formed():
-    assert add(37, 25) == ("三十七加二十五等于几？", "七加五得十二，三加二进一得六，答案：六十二", "六十二")
-    assert subtract(92, 48) == ("九十二减四十八等于几？", "十二减八得四，九借一减四得四，答案：四十四", "四十四")
+    assert add(37, 25) == ("三十七加二十五等于几？", "七加五得十二，三加二得五，进一得六，答案：六十二", "六十二")
+    assert subtract(92, 48)[1:] == ("十二减八得四，九借一得八，八减四得四，答案：四十四", "四十四")
     problems = make_arithmetic()
     for question, reply, answer in problems["sft"][:300]:
         x, y = question.removesuffix("等于几？").split("加" if "加" in question else "减")
@@ -52,13 +52,13 @@ def test_held_out_sayings_are_asked_for_in_words_that_training_has_not():
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        ("七加五得十二，三加二进一得六，答案：六十二", 1.6),
+        ("七加五得十二，三加二得五，进一得六，答案：六十二", 1.6),
         ("答案：六十二", 1.1),
-        ("七加五得十二，答案：六十三", 0.1 + 0.25),
-        ("七加五得十三，三加二进一得七，答案：六十二", 1.1),  # right by luck
-        ("二加二得四，三加二得五，答案：五十四", 0.1),  # true steps, but not of this problem
-        ("七加五得十二，三加二得五，三加二进一得六，答案：六十三", 0.1 + 0.25),  # both variants are none
-        ("七加五得十二，三加二进一得六，答案：六十二。", 0.0),  # something follows the number
+        ("七加五得十二，答案：六十三", 0.1 + 0.5 / 3),
+        ("七加五得十三，三加二得六，进一得七，答案：六十二", 1.1),  # right by luck
+        ("二加二得四，三加三得六，答案：六十四", 0.1),  # true steps, but not of this problem
+        ("七加五得十二，进一得六，三加二得五，答案：六十三", 0.1 + 0.5 / 3),  # the others out of their order
+        ("七加五得十二，三加二得五，进一得六，答案：六十二。", 0.0),  # something follows the number
         ("答案：六十三，答案：六十二", 0.0),  # two answers are none
         ("六十二", 0.0),
         ("", 0.0),
@@ -71,7 +71,7 @@ def test_reward_of_a_sum(reply, score):
 
 
 def test_steps_are_known_for_questions_of_this_kind_only():
-    assert steps_to_take("四十五减二十六等于几？") == ["十五减六得九", "四借一减二得一"]
+    assert steps_to_take("四十五减二十六等于几？") == ["十五减六得九", "四借一得三", "三减二得一"]
     assert steps_to_take("三加五等于几？") == ["三加五得八", "零加零得零"]
     for question in ("", "三乘五等于几？", "三百加五等于几？", "三加五等于几", "三减五等于几？"):
         assert steps_to_take(question) == []
