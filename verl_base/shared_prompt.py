@@ -1,6 +1,7 @@
 """verl's FSDP2 engine, with a prompt computed once for all of its replies instead of once for each."""
 
 import contextlib
+import copy
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -14,6 +15,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from layers import log_probs_of_labels
 
 MODEL_TYPE = "language_model_shared_prompt"
+PARTS = 4  # replies of like length make up a part of a micro-batch, which is padded to its own longest only
 
 
 @contextlib.contextmanager
@@ -36,8 +38,8 @@ def unsharded(model):
             unit.set_reshard_after_backward(True, recurse=False)
 
 
-def read_prompts(model, input_ids, attention_mask, n: int) -> DynamicCache:
-    """Keys and values of all but the last token of each prompt, repeated for its n replies; gradients go through.
+def read_prompts(model, input_ids, attention_mask) -> DynamicCache:
+    """Keys and values of all but the last token of each prompt; gradients go through.
 
     Args:
         input_ids, attention_mask: [prompts, prompt length], padded on the left.
@@ -51,8 +53,15 @@ def read_prompts(model, input_ids, attention_mask, n: int) -> DynamicCache:
         use_cache=True,
         logits_to_keep=1,
     )
-    cache.batch_repeat_interleave(n)
     return cache
+
+
+def select_rows(cache: DynamicCache, rows) -> DynamicCache:
+    """A cache of these rows of another one, which stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu"])
@@ -79,26 +88,36 @@ class SharedPromptEngine(FSDPEngineWithLMHead):
         prompts, responses, mask = (micro_batch[name] for name in ("prompts", "responses", "attention_mask"))
         width = prompts.shape[1]
         said = mask[:, width:].bool()
-        longest = int(said.sum(1).max())
-        responses, said, mask = responses[:, :longest], said[:, :longest], mask[:, : width + longest - 1]
+        lengths = said.sum(1)
+        places = self.places_of_replies(micro_batch, lengths, said.shape[1])
+        calculate_entropy = tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False)
         half = self._autocast_dtype
         precision = contextlib.nullcontext() if half == torch.float32 else torch.autocast(get_device_name(), dtype=half)
+        found = {"log_probs": [], "entropy": [], "places": []}
         with precision:
-            cache = read_prompts(self.module, prompts[::n], mask[::n, :width], n)
-            logits = self.module(
-                input_ids=torch.cat([prompts[:, -1:], responses[:, :-1]], dim=1),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1)[:, width - 1 :],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[said]
-            logits = logits.float() / temperature
+            cache = read_prompts(self.module, prompts[::n], mask[::n, :width])
+            for rows in lengths.argsort().chunk(PARTS):
+                longest = int(lengths[rows].max())
+                here, labels = said[rows, :longest], responses[rows, :longest]
+                mask_here = mask[rows, : width + longest - 1]
+                logits = self.module(
+                    input_ids=torch.cat([prompts[rows, -1:], labels[:, :-1]], dim=1),
+                    attention_mask=mask_here,
+                    position_ids=(mask_here.cumsum(1) - 1)[:, width - 1 :],
+                    past_key_values=select_rows(cache, rows // n),
+                    use_cache=True,
+                ).logits[here]
+                logits = logits.float() / temperature
+                found["log_probs"].append(log_probs_of_labels(logits, labels[here]))
+                if calculate_entropy:
+                    found["entropy"].append(torch_functional.entropy_from_logits(logits))
+                found["places"].append(places[rows, :longest][here])
+            places = torch.cat(found.pop("places"))
             model_output = {
-                "log_probs": self.at_their_places(log_probs_of_labels(logits, responses[said]), micro_batch)
+                name: self.at_their_places(torch.cat(values), places, micro_batch)
+                for name, values in found.items()
+                if values
             }
-            if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
-                entropy = torch_functional.entropy_from_logits(logits)
-                model_output["entropy"] = self.at_their_places(entropy, micro_batch)
             loss, metrics = torch.ones((), device=logits.device), {}
             if loss_function is not None:
                 group = self.get_data_parallel_group()
@@ -107,16 +126,21 @@ class SharedPromptEngine(FSDPEngineWithLMHead):
         return loss, {"model_output": outputs, "loss": loss.detach().item(), "metrics": metrics}
 
     @staticmethod
-    def at_their_places(values, micro_batch):
-        """Values of all replies' tokens [tokens] where verl looks for them: one place before the token, zero elsewhere.
+    def places_of_replies(micro_batch, lengths, reply_length: int):
+        """Where verl looks for what belongs to a reply's tokens: one place before the token, all rows in one line.
+
+        Args:
+            lengths: tokens of each reply [rows].
 
         Returns:
-            A nested tensor as long as prompt and reply of each row.
+            [rows, reply_length]; of no meaning after a reply's end.
         """
-        width = micro_batch["prompts"].shape[1]
+        first = micro_batch["input_ids"].offsets()[1:] - lengths - 1
+        return first[:, None] + torch.arange(reply_length, device=lengths.device)
+
+    @staticmethod
+    def at_their_places(values, places, micro_batch):
+        """Values [tokens] at their places, zero elsewhere: a nested tensor as long as prompt and reply of each row."""
         offsets = micro_batch["input_ids"].offsets()
-        said = micro_batch["attention_mask"][:, width:].bool()
-        first = offsets[1:] - said.sum(1) - 1
-        places = (first[:, None] + torch.arange(said.shape[1], device=said.device))[said]
         flat = torch.zeros(int(offsets[-1]), dtype=values.dtype, device=values.device).index_put((places,), values)
         return torch.nested.nested_tensor_from_jagged(flat, offsets)

@@ -32,7 +32,8 @@ def sample_replies(model, input_ids, attention_mask, n: int, reply_length: int, 
         Tokens [prompts * n, reply_length], padded after their EOS, and their log-probabilities at that temperature; a
         prompt's replies follow one another.
     """
-    cache = read_prompts(model, input_ids, attention_mask, n)
+    cache = read_prompts(model, input_ids, attention_mask)
+    cache.batch_repeat_interleave(n)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer, STRETCH)

@@ -27,6 +27,17 @@ def plain_log_probs(model, batch) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(-1, batch["responses"][..., None])[..., 0] * batch["response_mask"]
 
 
+def cut_off(rollout):
+    """The rollout with replies of 1, 2, 3 ... tokens."""
+    batch = rollout.batch
+    width, length = batch["prompts"].shape[1], batch["responses"].shape[1]
+    batch["response_mask"] *= torch.arange(length) < 1 + torch.arange(len(rollout))[:, None] % length
+    batch["attention_mask"][:, width:] = batch["response_mask"]
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    batch["old_log_probs"] *= batch["response_mask"]
+    return rollout
+
+
 def with_advantages(rollout, seed: int = 0):
     """The rollout with made-up advantages and a reference that differs a little from the policy."""
     mask = rollout.batch["response_mask"]
@@ -69,9 +80,13 @@ def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer,
     args.temperature = 2.0
     recomputed = compute_log_probs(policy, hot, args) * hot.batch["response_mask"]
     torch.testing.assert_close(hot.batch["old_log_probs"], recomputed, atol=1e-5, rtol=0)
+    args.temperature = 1.0
     odd = sample(policy, prompts[:3], tokenizer.pad_token_id, 2, temperature=1.0, seed=1)  # 3 prompts, 2 ranks
     assert [tokenizer.decode(ids) for ids in odd.batch["prompts"][::2]][2].endswith("assistant\n") and len(odd) == 6
-    with_advantages(rollout).save_to_disk(rollout_file)
+    rollout = with_advantages(cut_off(rollout))
+    given = compute_log_probs(policy, rollout, args) * rollout.batch["response_mask"]
+    torch.testing.assert_close(given, rollout.batch["old_log_probs"], atol=1e-5, rtol=0)
+    rollout.save_to_disk(rollout_file)
 
 
 def test_tokens_are_sampled_by_their_probabilities():
