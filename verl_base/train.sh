@@ -18,9 +18,9 @@ if [[ "${DATA:-arithmetic}" == arithmetic || "${DATA:-}" == xiehouyu ]]; then
 fi
 recipe=()
 if [[ -z "${MODEL:-}" ]]; then # a third of a million parameters bear large steps
-    recipe=(--total_training_steps 80 --learning_rate 4e-4 --lr_warmup_steps 15 --lr_scheduler_type cosine
+    recipe=(--total_training_steps 90 --learning_rate 3e-4 --lr_warmup_steps 15 --lr_scheduler_type cosine
         --train_batch_size 64 --ppo_mini_batch_size 32 --ppo_epochs 2 --clip_ratio_high 0.28 --temperature 1.2
-        --test_freq 40)
+        --test_freq 45)
 fi
 set -x
 exec python train.py \
