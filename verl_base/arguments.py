@@ -4,8 +4,10 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import yaml
 from transformers import HfArgumentParser
 
 from cluster import ON_GPU
@@ -21,6 +23,10 @@ ALGORITHMS = {
     "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **CLIPPED},
     "dapo": {"adv_estimator": "grpo", "clip_ratio_high": 0.28, "kl_loss_coef": 0.0, "filter_groups": True},
 }
+
+
+SCHEDULES = ("constant", "cosine")
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
 
 @dataclass
@@ -141,12 +147,15 @@ def check_flags(model_args: ModelArguments, data_args: DataArguments, args: Trai
         raise UserError("--target_modules has no effect without --use_lora true.")
     if args.algorithm not in ALGORITHMS:
         raise UserError(f"--algorithm {args.algorithm}: known are {', '.join(ALGORITHMS)}.")
-    for name in ("total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
-    for name in ("save_freq", "save_total_limit", "logging_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    counts = ["total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"]
+    counts += ["save_freq", "save_total_limit", "logging_steps", "max_num_gen_batches"]
+    given = {name: getattr(args, name) for name in counts} | {"max_response_length": data_args.max_response_length}
+    for name, number in given.items():
+        if number < 1:
+            raise UserError(f"--{name} {number}: must be at least 1.")
+    for name, known in (("lr_scheduler_type", SCHEDULES), ("loss_agg_mode", LOSS_AGG_MODES)):
+        if getattr(args, name) not in known:
+            raise UserError(f"--{name} {getattr(args, name)}: verl knows {', '.join(known)}.")
     if args.rollout_n < 2:
         raise UserError(
             f"--rollout_n {args.rollout_n}: a reply is compared with the others of its group; give 2 or more."
@@ -159,6 +168,8 @@ def check_flags(model_args: ModelArguments, data_args: DataArguments, args: Trai
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
             f"{args.ppo_mini_batch_size}, so the last optimizer step of a batch would be smaller."
         )
+    if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != 4:
+        raise UserError(f"--max_num_gen_batches has no effect on {args.algorithm}, which draws no group again.")
     if data_args.eval_data_path and data_args.validation_split is not None:
         raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
     if data_args.validation_split is not None and not 0 < data_args.validation_split < 1:
@@ -172,6 +183,14 @@ def check_processes(args: TrainingArguments) -> None:
             raise UserError(f"--{name} {getattr(args, name)} can't be dealt to {args.nproc} processes evenly.")
 
 
+def read_yaml_flags(path: str) -> list[str]:
+    """A YAML mapping as the words of a command line: YAML itself takes 1e-6 for a text."""
+    words = []
+    for name, value in yaml.safe_load(Path(path).read_text("utf-8")).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])] if value is not None else []
+    return words
+
+
 def read_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Flags, or a YAML file of them.
 
@@ -180,11 +199,11 @@ def read_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
     try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
-        else:
-            model_args, data_args, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:
+        words = sys.argv[1:]
+        if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+            words = read_yaml_flags(words[0])
+        model_args, data_args, args = parser.parse_args_into_dataclasses(words)
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(str(error)) from None
     check_flags(model_args, data_args, args)
     fill_by_hardware(model_args, args)

@@ -5,9 +5,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from rows import UserError, check_prompt, detect_encoding, list_files, read_json
+
+HELD_OUT = "held_out.jsonl"  # in a run's output folder: what it is measured on
 
 
 @dataclass
@@ -53,7 +56,7 @@ def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_fil
                     length = len(prompt.input_ids)
                     raise UserError(f"{length} tokens, more than --max_prompt_length {max_prompt_length}")
                 prompts.append(prompt)
-            except UserError as error:
+            except (UserError, jinja2.TemplateError) as error:  # the latter: the chat template refuses such messages
                 bad.append({"source": source, "reason": str(error), "row": text.strip()})
     if bad and bad_rows_file is None:
         first = "\n".join(f"  {row['source']}: {row['reason']}" for row in bad[:10])
@@ -93,9 +96,27 @@ def load_split(data_args, tokenizer, seed: int, output_dir: str) -> tuple[list[P
     return kept, held_out
 
 
+def check_groups(prompts: list[Prompt], data_args, args) -> None:
+    """Raises UserError where the replies to a prompt, which are learned from together, might be too many tokens."""
+    tokens = args.rollout_n * (max(len(prompt.input_ids) for prompt in prompts) + data_args.max_response_length)
+    if tokens > args.ppo_max_token_len_per_gpu:
+        raise UserError(
+            f"{args.rollout_n} replies to the longest prompt may have {tokens:,} tokens with it, more than "
+            f"--ppo_max_token_len_per_gpu {args.ppo_max_token_len_per_gpu}: give more of it, where there is memory for "
+            "it, or a smaller --max_response_length or --rollout_n."
+        )
+
+
+def save_prompts(prompts: list[Prompt], path: Path) -> None:
+    """Writes rows that `load_prompts` reads."""
+    names = ("ground_truth", "data_source", "extra_info")
+    rows = [{"prompt": prompt.messages} | {name: getattr(prompt, name) for name in names} for prompt in prompts]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
 def hash_prompts(prompts: list[Prompt]) -> str:
     """A hash of what is asked and what counts as right."""
-    content = [[prompt.input_ids, prompt.ground_truth, prompt.data_source] for prompt in prompts]
+    content = [[prompt.input_ids, prompt.ground_truth, prompt.data_source, prompt.extra_info] for prompt in prompts]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

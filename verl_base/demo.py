@@ -18,12 +18,13 @@ def as_table(rows: list[dict]) -> tuple[pd.DataFrame, str]:
     return table, f"{len(rows)} 条回复{right}，平均得分 {table['得分'].mean():.2f}"
 
 
-def build_comparison(before, after, reward_function, title: str = "强化学习前后对比"):
+def build_comparison(before, after, reward_function, max_new_tokens: int, title: str = "强化学习前后对比"):
     """The Gradio page.
 
     Args:
         before, after: pairs of model and tokenizer.
         reward_function: judges the replies, as in training.
+        max_new_tokens: a reply is cut off there and counts as not finished.
     """
 
     def ask(question: str, ground_truth: str, rule: str, n: int, temperature: float):
@@ -37,7 +38,8 @@ def build_comparison(before, after, reward_function, title: str = "强化学习�
         prompt, shown = Prompt(messages, ground_truth.strip(), source, source="页面"), []
         for model, tokenizer in (before, after):
             try:
-                shown += as_table(sample_scored(model, tokenizer, prompt, reward_function, int(n), temperature))
+                rows = sample_scored(model, tokenizer, prompt, reward_function, max_new_tokens, int(n), temperature)
+                shown += as_table(rows)
             except UserError as error:
                 raise gr.Error(str(error)) from None
         return shown

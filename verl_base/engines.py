@@ -45,7 +45,7 @@ def worker_config(model_args, args, trained: bool) -> TrainingWorkerConfig:
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             forward_only=not trained,
-            model_dtype="fp32" if trained and not lora else precision,  # what the optimizer updates stays in fp32
+            model_dtype="fp32" if trained else precision,  # what the optimizer updates stays in fp32
             mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
             use_torch_compile=False,
             use_dynamic_bsz=True,

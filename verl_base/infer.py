@@ -12,30 +12,29 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data import Prompt, load_prompts
+from data import HELD_OUT, Prompt, load_prompts
 from judge import call_reward_function, load_reward_function
 from model import find_end_of_turn
 from rows import UserError
 
-MAX_NEW_TOKENS = 256
 MAX_PROMPT_LENGTH = 4096  # tokens
 
 
-def load_policy(path: str, device: str | None = None):
+def load_policy(path: str, trust_remote_code: bool = False, device: str | None = None):
     """Model and tokenizer of a folder or hub id; a folder with a LoRA adapter gets its base model under it.
 
     Raises:
         UserError: there is no model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer.eos_token = find_end_of_turn(tokenizer) or tokenizer.eos_token
         if Path(path, "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(path)
+            model = AutoPeftModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no trained model there ({str(error).splitlines()[0]}).") from None
     model.generation_config = GenerationConfig()  # what a folder recommends for chatting would change the samples
@@ -55,7 +54,9 @@ def read_results(path: str) -> dict:
 
 
 @torch.no_grad()
-def sample_scored(model, tokenizer, prompt: Prompt, reward_function, n: int = 8, temperature: float = 1.0):
+def sample_scored(
+    model, tokenizer, prompt: Prompt, reward_function, max_new_tokens: int, n: int = 8, temperature: float = 1.0
+):
     """n sampled replies to one prompt, as dicts, each with what the reward function gives it (`score`, `acc` ...)."""
     inputs = tokenizer.apply_chat_template(
         prompt.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -65,15 +66,16 @@ def sample_scored(model, tokenizer, prompt: Prompt, reward_function, n: int = 8,
         temperature=temperature,
         top_k=0,
         num_return_sequences=n,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     sequences = model.generate(**inputs.to(model.device), generation_config=settings)
     rows = []
     for ids in sequences[:, inputs["input_ids"].shape[1] :]:
-        finished = bool((ids == tokenizer.eos_token_id).any())
-        reply = tokenizer.decode(ids, skip_special_tokens=True)
+        ends = (ids == tokenizer.eos_token_id).nonzero()
+        finished = len(ends) > 0
+        reply = tokenizer.decode(ids[: ends[0, 0]] if finished else ids)  # as in training, special tokens and all
         rows.append({"reply": reply, **call_reward_function(reward_function, prompt, reply, finished)})
     return rows
 
@@ -93,21 +95,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = read_results(args.model)
     reward_function = load_reward_function(args.reward_function or results["reward_function"])
-    policies = {"before": load_policy(results["model"]), "after": load_policy(args.model)}
+    trust, max_new_tokens = results["trust_remote_code"], results["max_response_length"]
+    policies = {"before": load_policy(results["model"], trust), "after": load_policy(args.model, trust)}
     if args.demo:
         from demo import build_comparison
 
-        build_comparison(policies["before"], policies["after"], reward_function).launch()
+        build_comparison(policies["before"], policies["after"], reward_function, max_new_tokens).launch()
         return
     if args.question:
         messages = [{"role": "user", "content": args.question}]
         prompts = [Prompt(messages, args.ground_truth, args.data_source, source="--question")]
     else:
-        prompts = load_prompts(args.file or results["eval_data_path"], policies["after"][1], MAX_PROMPT_LENGTH, None)
+        file = args.file or str(Path(args.model, HELD_OUT))
+        prompts = load_prompts(file, policies["after"][1], MAX_PROMPT_LENGTH, None)
     for prompt in prompts[: args.first]:
         print(f"\n{prompt.messages[-1]['content']}  [{prompt.ground_truth}]")
         for name, (model, tokenizer) in policies.items():
-            rows = sample_scored(model, tokenizer, prompt, reward_function, args.n, args.temperature)
+            rows = sample_scored(model, tokenizer, prompt, reward_function, max_new_tokens, args.n, args.temperature)
             mean = sum(row["score"] for row in rows) / len(rows)
             print(f"  {name}: mean score {mean:.2f}")
             for (reply, score), count in Counter((row["reply"], row["score"]) for row in rows).most_common():

@@ -2,7 +2,11 @@
 
 import importlib.util
 import math
+import numbers
+import sys
 from pathlib import Path
+
+import numpy as np
 
 from data import Prompt
 from rows import UserError
@@ -18,7 +22,7 @@ def load_reward_function(path_and_name: str):
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--reward_function {path_and_name}: give file.py:function; there is no file {path or name}.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for theirs there
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward_function {path_and_name}: {path} has no function {name}.")
@@ -26,7 +30,11 @@ def load_reward_function(path_and_name: str):
 
 
 def call_reward_function(reward_function, prompt: Prompt, reply: str, finished: bool) -> dict[str, float]:
-    """`score` and its parts of one reply; raises UserError with the sample where the function fails."""
+    """`score` of one reply, and what else the function returns that is a number.
+
+    Raises:
+        UserError: the function fails, or gives no finite score; with the sample.
+    """
     try:
         result = reward_function(
             data_source=prompt.data_source,
@@ -35,13 +43,14 @@ def call_reward_function(reward_function, prompt: Prompt, reply: str, finished: 
             extra_info={"question": prompt.messages[-1]["content"], **prompt.extra_info, "finished": finished},
         )
         result = dict(result) if isinstance(result, dict) else {"score": result}
-        numbers = {name: float(value) for name, value in result.items() if not isinstance(value, str)}
-        if not math.isfinite(numbers["score"]):
-            raise ValueError(f"the score is {numbers['score']}")
+        parts = {name: float(value) for name, value in result.items() if isinstance(value, numbers.Real | np.bool_)}
+        parts["score"] = float(result["score"])
+        if not math.isfinite(parts["score"]):
+            raise ValueError(f"the score is {parts['score']}")
     except Exception as error:  # noqa: BLE001  (the user's code: whatever it raises is reported with its sample)
         question = prompt.messages[-1]["content"]
         raise UserError(
             f"{prompt.source}: the reward function failed on the reply {reply!r} to {question!r}: "
             f"{type(error).__name__}: {error}. Mend it, or train without such replies: --skip_bad_rewards true."
         ) from error
-    return numbers
+    return parts

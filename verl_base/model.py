@@ -9,17 +9,24 @@ def load_policy_tokenizer(model_args):
     """The model's tokenizer; its EOS is what ends an assistant's turn, or replies would never end.
 
     Raises:
-        UserError: there is no such model, or it has no chat template, without which it can't be asked anything.
+        UserError: there is no such model, or not one of attention only, or it has no chat template, without which it
+            can't be asked anything.
     """
     path = model_args.model_name_or_path
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
             "config.json, tokenizer and weights, or a hub id; the readme says how to download one through a mirror."
         ) from None
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        raise UserError(
+            f"{path}: it has layers of {', '.join(sorted(others))}, whose state can't be shared by the replies to a "
+            "prompt. Take a model of attention only, or verl's own trainer (base03_main_ppo/train_vllm.sh)."
+        )
     if tokenizer.chat_template is None:
         raise UserError(
             f"{path}: its tokenizer has no chat template, so it was not trained to answer. Take the chat or instruct "

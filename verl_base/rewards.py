@@ -63,7 +63,7 @@ def steps_to_take(question: str) -> list[str]:
     return worked.split("，")[:-1]
 
 
-def score_arithmetic(reply: str, ground_truth: str, question: str) -> dict[str, float]:
+def score_arithmetic(reply: str, ground_truth: object, question: str) -> dict[str, float]:
     """Whether the answer is right and the reply well-formed, and the share of the question's steps in their places.
 
     A step that is true but not the question's counts for nothing: rewarded, it is what a model learns to write.
@@ -71,18 +71,18 @@ def score_arithmetic(reply: str, ground_truth: str, question: str) -> dict[str, 
     match = FORMAT.fullmatch(reply)
     expected, written = steps_to_take(question), reply.split("，")
     return {
-        "acc": float(match is not None and match[1] == ground_truth),
+        "acc": float(match is not None and match[1] == str(ground_truth)),
         "format": float(match is not None),
         "work": sum(map(str.__eq__, written, expected)) / len(expected) if match and expected else 0.0,
     }
 
 
-def score_exact_match(reply: str, ground_truth: str, question: str) -> dict[str, float]:
+def score_exact_match(reply: str, ground_truth: object, question: str) -> dict[str, float]:
     """Whether the reply is the expected text; it is well-formed when it is one line that says something."""
-    return {"acc": float(reply == ground_truth), "format": float(bool(reply) and "\n" not in reply), "work": 0.0}
+    return {"acc": float(reply == str(ground_truth)), "format": float(bool(reply) and "\n" not in reply), "work": 0.0}
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None, **_) -> dict:
+def compute_score(data_source: str, solution_str: str, ground_truth: object, extra_info: dict | None = None, **_):
     """The reward of one reply, in verl's form.
 
     Args:

@@ -116,11 +116,16 @@ def join_rollouts(pairs: list[tuple[DataProto, Judged]]) -> tuple[DataProto, Jud
         for name in ("prompts", "input_ids", "attention_mask", "position_ids"):
             rollout.batch[name] = torch.nn.functional.pad(rollout.batch[name], (missing, 0))
     all_judged = [judged for _, judged in pairs]
+    names = sorted({name for judged in all_judged for name in judged.parts})
+    parts = {
+        name: np.concatenate([judged.parts.get(name, np.full(len(judged.scores), np.nan)) for judged in all_judged])
+        for name in names
+    }
     joined = Judged(
         prompts=[prompt for judged in all_judged for prompt in judged.prompts],
         replies=[reply for judged in all_judged for reply in judged.replies],
         scores=np.concatenate([judged.scores for judged in all_judged]),
-        parts={name: np.concatenate([judged.parts[name] for judged in all_judged]) for name in all_judged[0].parts},
+        parts=parts,
         lengths=np.concatenate([judged.lengths for judged in all_judged]),
         finished=np.concatenate([judged.finished for judged in all_judged]),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from arguments import ALGORITHMS, read_flags
 from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, seal_checkpoint, step_of
 from cluster import local_cluster, ray  # it says to verl and Ray where they are
-from data import hash_prompts, load_split, prompts_of_draw
+from data import HELD_OUT, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
 from engines import compute_log_probs, start_workers, update_policy
 from judge import load_reward_function
 from model import load_policy_tokenizer
@@ -128,14 +128,15 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
     return history
 
 
-def summarise(history: list[dict], model_name: str, data_args, started: float) -> dict:
+def summarise(history: list[dict], model_args, data_args, started: float) -> dict:
     """train_results.json: held out before and after, and what it took."""
     evaluations = [row for row in history if "pass@1" in row]
     steps = [row for row in history if "reward" in row]
     return {
-        "model": model_name,
+        "model": model_args.model_name_or_path,
         "reward_function": data_args.reward_function,
-        "eval_data_path": data_args.eval_data_path or data_args.data_path,
+        "max_response_length": data_args.max_response_length,
+        "trust_remote_code": model_args.trust_remote_code,
         "before": evaluations[0],
         "after": evaluations[-1],
         "kl": steps[-1].get("kl"),
@@ -158,16 +159,18 @@ def main():
     tokenizer = load_policy_tokenizer(model_args)
     reward_function = load_reward_function(data_args.reward_function)
     prompts, held_out = load_split(data_args, tokenizer, args.seed, args.output_dir)
+    check_groups(prompts, data_args, args)
     run = identify_run(model_args, data_args, args, prompts, held_out)
     checkpoint, finished, messages = find_checkpoint(args.output_dir, run, args.overwrite_output_dir)
     if finished:
         return print(*messages)
+    save_prompts(held_out, Path(args.output_dir, HELD_OUT))
     print_run_screen(model_name, prompts, held_out, tokenizer, args, messages)
     with local_cluster(args.nproc, args.output_dir) as pool:
         policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
         history = run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags)
         policy.save_model(args.output_dir)
-    results = summarise(history, model_args.model_name_or_path, data_args, started)
+    results = summarise(history, model_args, data_args, started)
     save_rl_report(args.output_dir, history, results)
     print(json.dumps(results, indent=2))
     lock.close()

@@ -1,5 +1,7 @@
 """What runs in the Ray workers: verl's TrainingWorker over FSDP2, which here also samples replies."""
 
+from pathlib import Path
+
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
@@ -13,6 +15,7 @@ from layers import RoomyLayer, SampledTokens
 from shared_prompt import read_prompts, unsharded  # and with it, the engine is registered
 
 STRETCH = 16  # tokens between two looks at which replies are finished
+ROOM = 8  # times the tokens of a training pass that are sampled at once, since sampling keeps no activations
 
 
 @torch.no_grad()
@@ -95,10 +98,14 @@ class PolicyWorker(TrainingWorker):
         torch.manual_seed(seed * self.world_size + self.rank)  # so a resumed run samples what this one does
         prompts = prompts.to(self.engine.module.device)
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
+        tokens = n * (ids.shape[1] + self.reply_length)
+        at_once = max(1, ROOM * self.engine_config.infer_max_token_len_per_gpu // tokens)
         with self.engine.eval_mode(), unsharded(self.engine.module):
-            responses, log_probs = sample_replies(
-                self.engine.module, ids, mask, n, self.reply_length, self.tokenizer, temperature
-            )
+            parts = [
+                sample_replies(self.engine.module, *part, n, self.reply_length, self.tokenizer, temperature)
+                for part in zip(ids.split(at_once), mask.split(at_once), strict=True)
+            ]
+        responses, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
         is_eos = responses == self.tokenizer.eos_token_id
         response_mask = (is_eos.cumsum(1) - is_eos.long() == 0).long()  # the first EOS is said, too
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -120,6 +127,9 @@ class PolicyWorker(TrainingWorker):
         """Writes the whole model, or with LoRA its adapter, and the tokenizer, for any Transformers program."""
         state = get_fsdp_full_state_dict(self.engine.module, offload_to_cpu=True, rank0_only=True)
         if self.rank == 0:
+            for name in ("adapter_*", "model*.safetensors*"):  # of a run before this one: an adapter would be preferred
+                for old in Path(path).glob(name):
+                    old.unlink()
             self.engine.module.save_pretrained(path, state_dict=state)
             self.tokenizer.save_pretrained(path)
         torch.distributed.barrier()

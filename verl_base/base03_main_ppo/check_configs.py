@@ -18,6 +18,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from base03_main_ppo.untuned import save_untuned
+from prepare import write_task
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_vllm.sh", "train_cluster.sh")
@@ -84,6 +85,7 @@ def check_script(script: str, algorithm: str, model: str, *arguments: str) -> di
 
 
 if __name__ == "__main__":
+    write_task("arithmetic", HERE.parent / "cache_data" / "arithmetic")
     with tempfile.TemporaryDirectory() as model:
         save_untuned(HERE.parent / "cache_data" / "arithmetic" / "sft.jsonl", model)
         for script in SCRIPTS:

@@ -1,13 +1,15 @@
 """Tasks, rows, prompts, rewards: what is asked, and what counts as right."""
 
+import copy
 import json
 import sys
 
 import numpy as np
 import pytest
+from transformers import Qwen3NextConfig
 
 from conftest import QUESTIONS, make_policy, write_rows
-from data import load_prompts, load_split, prompts_of_draw
+from data import check_groups, hash_prompts, load_prompts, load_split, prompts_of_draw, save_prompts
 from model import find_end_of_turn, load_policy_tokenizer
 from prepare import make_arithmetic, make_xiehouyu
 from rewards import add, compute_score, steps_to_take, subtract, to_chinese
@@ -82,6 +84,7 @@ def test_reward_of_a_cut_off_reply_and_of_a_saying():
     assert compute_score("arithmetic", "答案：六十", "六十", {"finished": False})["score"] == 0
     assert compute_score("xiehouyu", "费力不讨好", "费力不讨好")["score"] == pytest.approx(1.1)
     assert compute_score("xiehouyu", "费力", "费力不讨好")["score"] == pytest.approx(0.1)
+    assert compute_score("math", "62", 62)["acc"] == 1
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,37 @@ def test_verls_rows_and_gb18030_are_read(tmp_path, tokenizer):
     assert text == (
         "<|im_start|>system\n你会算术。<|im_end|>\n<|im_start|>user\n一加一等于几？<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_what_a_chat_template_refuses_is_a_bad_row(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    turns = [{"role": "system", "content": "你是老师。"}, {"role": "user", "content": "问"}]
+    rows = [{"prompt": "问", "ground_truth": "答"}, {"prompt": turns, "ground_truth": "答"}]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(UserError, match="train.jsonl:2: no system role"):
+        load_prompts(path, tokenizer, 64, None)
+
+
+def test_prompts_are_saved_as_they_were_read(tmp_path, tokenizer):
+    rows = [{"prompt": "问", "ground_truth": 7, "data_source": "math", "extra_info": {"tests": [1, 2]}}]
+    prompts = load_prompts(write_rows(tmp_path / "train.jsonl", rows), tokenizer, 64, None)
+    save_prompts(prompts, tmp_path / "saved.jsonl")
+    again = load_prompts(str(tmp_path / "saved.jsonl"), tokenizer, 64, None)
+    assert again[0].ground_truth == 7 and again[0].extra_info == {"tests": [1, 2]}
+    assert hash_prompts(again) == hash_prompts(prompts)
+    again[0].extra_info = {"tests": [1]}
+    assert hash_prompts(again) != hash_prompts(prompts)
+
+
+def test_a_group_that_might_not_fit_is_refused(data_file, tokenizer, read_flags):
+    prompts = load_prompts(data_file, tokenizer, 64, None)
+    _, data_args, args = read_flags(max_response_length=64, ppo_max_token_len_per_gpu=256)
+    with pytest.raises(UserError, match="4 replies to the longest prompt may have .* --ppo_max_token_len_per_gpu 256"):
+        check_groups(prompts, data_args, args)
+    _, data_args, args = read_flags(max_response_length=32, ppo_max_token_len_per_gpu=256)
+    check_groups(prompts, data_args, args)
 
 
 def test_held_out_prompts_are_not_learned_from(tmp_path, tokenizer, read_flags):
@@ -188,6 +222,10 @@ def test_models_that_cannot_be_used(tmp_path, read_flags):
     model_args, _, _ = read_flags(model_name_or_path=folder)
     with pytest.raises(UserError, match="no chat template"):
         load_policy_tokenizer(model_args)
+    hybrid = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2)
+    hybrid.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="it has layers of linear_attention"):
+        load_policy_tokenizer(model_args)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +241,10 @@ def test_models_that_cannot_be_used(tmp_path, read_flags):
         ({"total_training_steps": 0}, "must be at least 1"),
         ({"eval_data_path": "x.jsonl"}, "--validation_split has no effect"),
         ({"num_generations": 8}, "num_generations"),
+        ({"max_response_length": 0}, "--max_response_length 0: must be at least 1"),
+        ({"lr_scheduler_type": "linear"}, "verl knows constant, cosine"),
+        ({"loss_agg_mode": "mean"}, "verl knows token-mean"),
+        ({"max_num_gen_batches": 8}, "no effect on grpo"),
     ],
 )
 def test_flags_that_cannot_work(read_flags, changes, message):
@@ -220,7 +262,9 @@ def test_more_workers_than_cores(read_flags, tmp_path):
 def test_flags_from_a_file(monkeypatch, tmp_path):
     from arguments import read_flags
 
-    (tmp_path / "my.yaml").write_text("algorithm: dapo\ntrain_batch_size: 64\n")
+    yaml = "algorithm: dapo\ntrain_batch_size: 64\nlearning_rate: 1e-6\nbf16: false\nuse_lora: true\n"
+    (tmp_path / "my.yaml").write_text(yaml + "target_modules: [q_proj, v_proj]\neval_data_path: null\n")
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "my.yaml")])
-    _, _, args = read_flags()
+    model_args, _, args = read_flags()
+    assert (args.learning_rate, args.bf16, model_args.target_modules) == (1e-6, False, ["q_proj", "v_proj"])
     assert (args.algorithm, args.train_batch_size, args.clip_ratio_high, args.kl_loss_coef) == ("dapo", 64, 0.28, 0)

@@ -30,7 +30,9 @@ def output(tmp_path_factory, policy_folder, data_file, reward_file) -> str:
     steps = [{"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "reply_length": 9.0} for step in (1, 2)]
     history = [before, *({**row, "equal_groups": 1} for row in steps), after]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-    results = {"model": policy_folder, "reward_function": reward_file, "eval_data_path": data_file}
+    shutil.copy(data_file, folder / "held_out.jsonl")
+    results = {"model": policy_folder, "reward_function": reward_file, "max_response_length": 64}
+    results["trust_remote_code"] = False
     (folder / "train_results.json").write_text(json.dumps({**results, "before": before, "after": after}))
     return str(folder)
 
@@ -52,7 +54,7 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     Path(output, "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "top_p": 0.001}))
     model, _ = load_policy(output)
     prompt = Prompt([{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", "here")
-    rows = sample_scored(model, tokenizer, prompt, compute_score, n=4)
+    rows = sample_scored(model, tokenizer, prompt, compute_score, max_new_tokens=64, n=4)
     assert len({row["reply"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
     assert all({"reply", "score", "acc", "format"} <= set(row) for row in rows)
     with pytest.raises(UserError, match="no train_results.json there"):
@@ -67,7 +69,9 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
 def test_page_shows_both_models_and_errors(output, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    demo = build_comparison(load_policy(read_results(output)["model"]), load_policy(output), compute_score)
+    demo = build_comparison(
+        load_policy(read_results(output)["model"]), load_policy(output), compute_score, max_new_tokens=64
+    )
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())

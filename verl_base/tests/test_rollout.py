@@ -7,7 +7,7 @@ from verl import DataProto
 
 from conftest import write_rows
 from data import Prompt
-from judge import load_reward_function
+from judge import call_reward_function, load_reward_function
 from rollout import (
     Judged,
     add_advantages,
@@ -128,9 +128,11 @@ def test_groups_are_selected_and_joined(tokenizer):
     first, judged = judge(tokenizer, [1.0, 1.0, 0.0, 1.0], ["一", "二", "三", "四"])
     second = make_rollout(tokenizer, ["五", "六"], prompt_length=5)
     other = judge_replies(second, make_prompts(1), tokenizer, lambda **_: 0.5, skip_bad=False)
-    other.parts = {"acc": np.array([0.0, 0.0])}
+    other.parts = {"acc": np.array([0.0, 0.0]), "bonus": np.array([1.0, 0.0])}
     joined, all_judged = join_rollouts([select_groups(first, judged, np.array([1])), (second, other)])
     assert all_judged.replies == ["三", "四", "五", "六"] and all_judged.scores.tolist() == [0.0, 1.0, 0.5, 0.5]
+    assert all_judged.parts["acc"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert np.isnan(all_judged.parts["bonus"]).tolist() == [True, True, False, False]
     assert joined.batch["prompts"].shape == (4, 5) and joined.batch["attention_mask"].shape == (4, 11)
     assert joined.batch["attention_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert [prompt.source for prompt in all_judged.prompts] == ["my.jsonl:2", "my.jsonl:1"]
@@ -157,6 +159,17 @@ def test_failing_reward_function_is_reported_with_its_sample(tmp_path, tokenizer
     assert np.isnan(judged.scores).tolist() == [False, True, False, False]
     with pytest.raises(UserError, match="on every reply of a step"):
         judge_replies(make_rollout(tokenizer, ["二", "二"]), make_prompts(1), tokenizer, reward, skip_bad=True)
+
+
+def test_reward_function_may_return_what_is_no_number(tmp_path, tokenizer):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport numpy as np\n\n"
+        "@dataclass\nclass Rule:\n    weight: float | None = 1.0\n\n"
+        "def score(**_):\n    return {'score': '0.5', 'pred': None, 'said': [1], 'acc': np.True_, 'n': np.int64(2)}\n"
+    )
+    reward, prompt = load_reward_function(f"{path}:score"), make_prompts(1)[0]
+    assert call_reward_function(reward, prompt, "一", True) == {"score": 0.5, "acc": 1.0, "n": 2.0}
 
 
 @pytest.mark.parametrize("name", ["my_rewards.py", "nowhere.py:score", "my_rewards.py:other", "score"])

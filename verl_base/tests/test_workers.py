@@ -128,16 +128,25 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_update_is_that_of_a_plain_loop(start, read_flags, processes, rollout_file, policy_folder, tmp_path):
+def test_an_update_is_that_of_a_plain_loop(
+    start, read_flags, prompts, tokenizer, processes, rollout_file, policy_folder, tmp_path
+):
     """Clipped loss and KL, token mean over the global mini-batch, AdamW: same gradient norm, same weights to 1e-5."""
     from verl import DataProto
 
     flags = {"train_batch_size": 6, "ppo_mini_batch_size": 6, "nproc": processes, "ppo_max_token_len_per_gpu": 128}
     model_args, _, args = read_flags(**flags, kl_loss_coef=0.1)
     policy, _ = start(model_args, args)
+    few_at_once = sample(policy, prompts[:24], tokenizer.pad_token_id, 4, temperature=1.0, seed=1)
+    with torch.no_grad():
+        expected = plain_log_probs(load_plain(policy_folder), few_at_once.batch)
+    torch.testing.assert_close(few_at_once.batch["old_log_probs"], expected, atol=1e-5, rtol=0)
     rollout = DataProto.load_from_disk(rollout_file)
     metrics = update_policy(policy, rollout, args)
+    (tmp_path / "learned").mkdir()
+    (tmp_path / "learned" / "adapter_config.json").write_text("{}")  # of a run before
     policy.save_model(str(tmp_path / "learned"))
+    assert not (tmp_path / "learned" / "adapter_config.json").exists()
 
     model = load_plain(policy_folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
