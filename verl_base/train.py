@@ -134,7 +134,7 @@ def summarise(history: list[dict], model_args, data_args, started: float) -> dic
     steps = [row for row in history if "reward" in row]
     return {
         "model": model_args.model_name_or_path,
-        "reward_function": data_args.reward_function,
+        "reward_function": str(Path(data_args.reward_function).resolve()),  # with the function's name at its end
         "max_response_length": data_args.max_response_length,
         "trust_remote_code": model_args.trust_remote_code,
         "before": evaluations[0],
