@@ -139,7 +139,7 @@ def fill_by_hardware(model_args: ModelArguments, args: TrainingArguments) -> Non
 
 def check_flags(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Raises UserError for a flag that can't work, or would change nothing here."""
-    defaults = {field.name: field.default for field in fields(ModelArguments)}
+    defaults = {field.name: field.default for field in [*fields(ModelArguments), *fields(TrainingArguments)]}
     for name in ("lora_r", "lora_alpha"):
         if not model_args.use_lora and getattr(model_args, name) != defaults[name]:
             raise UserError(f"--{name} has no effect without --use_lora true.")
@@ -168,7 +168,7 @@ def check_flags(model_args: ModelArguments, data_args: DataArguments, args: Trai
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
             f"{args.ppo_mini_batch_size}, so the last optimizer step of a batch would be smaller."
         )
-    if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != 4:
+    if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != defaults["max_num_gen_batches"]:
         raise UserError(f"--max_num_gen_batches has no effect on {args.algorithm}, which draws no group again.")
     if data_args.eval_data_path and data_args.validation_split is not None:
         raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")

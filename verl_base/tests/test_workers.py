@@ -172,13 +172,14 @@ def test_lora_learns_adapters_only(start, read_flags, rollout_file, policy_folde
     from verl import DataProto
 
     flags = {"use_lora": "true", "lora_r": 4, "train_batch_size": 6, "ppo_mini_batch_size": 2, "learning_rate": 1e-2}
-    model_args, _, args = read_flags(**flags)
+    model_args, _, args = read_flags(**flags, entropy_coeff=0.01)
     policy, reference = start(model_args, args)
     assert reference is None  # the model without its adapters is the reference
     rollout = DataProto.load_from_disk(rollout_file)
     mask = rollout.batch["response_mask"]
     metrics = update_policy(policy, rollout, args)
     assert len(metrics["grad_norm"]) == 3 and min(metrics["grad_norm"]) > 0
+    assert min(metrics["actor/entropy_loss"]) > 1
     after = compute_log_probs(policy, rollout, args) * mask
     base = compute_log_probs(policy, rollout, args, no_lora_adapter=True) * mask
     torch.testing.assert_close(base, rollout.batch["old_log_probs"], atol=1e-5, rtol=0)
