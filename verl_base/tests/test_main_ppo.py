@@ -23,9 +23,9 @@ from rewards import compute_score
 from rows import UserError
 
 # A policy with random weights writes 48 tokens of nonsense, of which our reward takes off what is too long.
-RL = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "data.max_response_length=48"]
+RL = ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=20", "data.max_response_length=48"]
 RL += ["trainer.val_before_train=false"]
-RL += ["trainer.total_training_steps=1", "trainer.test_freq=1", "trainer.save_freq=1"]
+RL += ["trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2"]  # 60 prompts: two epochs
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +175,11 @@ def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, t
     scores = find_metric("critic/score/mean", shown)
     rows = [json.loads(line) for line in (output / "rollouts" / "1.jsonl").read_text("utf-8").splitlines()]
     expected = [compute_score("arithmetic", row["output"], row["gts"])["score"] for row in rows]
-    assert len(rows) == 8 and len(set(expected)) > 1
+    assert len(rows) == 40 and len(set(expected)) > 1
     assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-6)
-    assert scores == [pytest.approx(sum(expected) / len(expected), abs=1e-6)]
+    assert len(scores) == 2 and scores[0] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
     assert max(find_metric("rollout_corr/log_ppl_abs_diff", shown)) < 1e-5  # what is sampled from is what is trained
     assert find_metric("critic/vf_loss", shown) and find_metric("critic/grad_norm", shown)[0] > 0
     assert find_metric("val-core/arithmetic/acc/mean@2", shown) == [0.0]
-    assert (output / "global_step_1" / "actor" / "huggingface" / "model.safetensors").is_file()
+    assert (output / "global_step_2" / "actor" / "huggingface" / "model.safetensors").is_file()
     assert not (output / "ray").exists()
