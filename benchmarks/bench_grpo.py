@@ -128,7 +128,7 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int, processe
         output_dir=output,
         use_cpu=True,
         bf16=False,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if processes > 1 else None,
         per_device_train_batch_size=PROMPTS * GROUP // 2 // processes,
         steps_per_generation=2,
         num_generations=GROUP,
