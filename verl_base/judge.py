@@ -21,7 +21,7 @@ def load_reward_function(path_and_name: str):
     path, _, name = path_and_name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--reward_function {path_and_name}: give file.py:function; there is no file {path or name}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_function_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for theirs there
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
