@@ -45,13 +45,13 @@ def load_rows(count: int):
     """`count` of the training reviews, the test reviews, the classes, and the folder of the tiny model for them."""
     sys.path.insert(0, str(RECIPE))
     from prepare import load_tables
-    from tiny import tiny_classifier_folder
+    from tiny import tiny_model_folder
 
-    tables, _ = load_tables("reviews", ("text", "label"), {"validation": 0.1, "test": 0.1}, 42, {})
+    tables, _ = load_tables("reviews", ("text", "label"), {"validation": 0.1, "test": 0.1}, 42)
     train = tables["train"].sample(count, random_state=0).reset_index(drop=True)
     labels = {"负面": 0, "正面": 1}
     id2label = {number: label for label, number in labels.items()}
-    folder = tiny_classifier_folder(train.text.tolist(), train.label.tolist(), id2label)
+    folder = tiny_model_folder(train.text.tolist(), train.label.tolist(), id2label)
     return train, tables["test"], labels, folder
 
 
@@ -114,9 +114,9 @@ def measure_inference(count: int) -> dict:
     train, _, _, folder = load_rows(count)
     from transformers import pipeline
 
-    from infer import load_trained, predict_probabilities
+    from infer import load_trained_model, predict_probabilities
 
-    model, tokenizer = load_trained(folder)
+    model, tokenizer = load_trained_model(folder)
     tokenizer.model_max_length = MAX_LENGTH
     texts = train.text.sample(frac=1, random_state=0).tolist()
     served = pipeline("text-classification", model=model, tokenizer=tokenizer)

@@ -5,8 +5,8 @@
 
     POST /classify {"texts": "one text"} or {"texts": ["many", "texts"]}    GET /health (needs no key)
 
-The way of a request: read_texts_request (limits) -> a queue -> classify_waiting: all that waits while the model is busy
-is classified together, sorted by length -> the scores of each class.
+The way of a request: read_request (limits) -> a queue -> classify_waiting: all that waits while the model is busy is
+classified together, sorted by length -> the scores of each class.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from infer import load_trained, predict_probabilities, rank_classes
+from infer import load_trained_model, predict_probabilities, rank_classes
 from rows import UserError
 
 router = APIRouter()
@@ -64,14 +64,16 @@ def check_key(request: Request) -> None:
         raise api_error(401, "missing or wrong API key: send 'Authorization: Bearer <key>'", code="invalid_api_key")
 
 
-async def read_texts_request(request: Request) -> list[str]:
+async def read_request(request: Request) -> list[str]:
     """The checked texts of a request.
 
     Raises:
         HTTPException: 413 too large; 400 no JSON, no texts, an empty one, or more than are accepted.
     """
     state = request.app.state
-    limit, body, size = state.max_body_bytes, bytearray(), 0
+    limit = state.max_body_bytes
+    body = bytearray()
+    size = 0
     async for chunk in request.stream():  # too large a body is read to its end, or the client would miss the answer
         size += len(chunk)
         body += chunk if size <= limit else b""
@@ -79,7 +81,7 @@ async def read_texts_request(request: Request) -> list[str]:
         raise api_error(413, f"the body has {size} bytes, at most {limit} are accepted", code="body_too_large")
     try:
         fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False).encode()  # fails for half a surrogate pair, which is no text
+        json.dumps(fields, ensure_ascii=False).encode()  # fails for a lone surrogate, which is no text
     except (ValueError, RecursionError) as error:
         raise api_error(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
@@ -101,7 +103,7 @@ async def read_texts_request(request: Request) -> list[str]:
     return texts
 
 
-async def cancel_with_client(request: Request, answer: asyncio.Future) -> None:
+async def end_with_client(request: Request, answer: asyncio.Future) -> None:
     """Takes the request out of the queue as soon as its client has gone."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
@@ -109,7 +111,7 @@ async def cancel_with_client(request: Request, answer: asyncio.Future) -> None:
 
 
 async def classify_waiting(state) -> None:
-    """For as long as the server runs: classifies all texts that wait, together, and hands each request its scores."""
+    """For as long as the server runs: classifies all texts that wait, together, and gives each request its scores."""
     while True:
         jobs = [await state.queue.get()]
         while not state.queue.empty() and sum(len(texts) for texts, _ in jobs) < state.max_texts:
@@ -136,12 +138,12 @@ async def classify_waiting(state) -> None:
 @router.post("/classify", dependencies=[Depends(check_key)])
 async def classify(request: Request) -> dict:
     state = request.app.state
-    texts = await read_texts_request(request)
+    texts = await read_request(request)
     if state.queue.qsize() >= state.max_queue:
         raise api_error(429, f"{state.max_queue} requests are waiting already; try again later", code="queue_full")
     answer = asyncio.get_running_loop().create_future()
     state.queue.put_nowait((texts, answer))
-    watch = asyncio.create_task(cancel_with_client(request, answer))
+    watch = asyncio.create_task(end_with_client(request, answer))
     try:
         scores = await answer
     except asyncio.CancelledError:
@@ -160,7 +162,7 @@ async def health() -> dict:
     return {"status": "ok"}
 
 
-def create_classifier_app(
+def create_app(
     model,
     tokenizer,
     model_name: str,
@@ -173,7 +175,7 @@ def create_classifier_app(
     """The API of one classifier.
 
     Args:
-        model, tokenizer: from `infer.load_trained`.
+        model, tokenizer: from `infer.load_trained_model`.
         api_key: where given, /classify wants `Authorization: Bearer <api_key>`.
         max_texts: in one request, and about as many in one batch; max_characters: in one text.
         max_queue: requests that may wait while others are served; those beyond get 429.
@@ -193,7 +195,9 @@ def create_classifier_app(
     for error in (HTTPException, 404, 405, ClientDisconnect, Exception):
         app.add_exception_handler(error, send_error)
     state = app.state
-    state.model, state.tokenizer, state.model_name, state.api_key = model, tokenizer, model_name, api_key
+    state.model, state.tokenizer = model, tokenizer
+    state.model_name = model_name
+    state.api_key = api_key
     state.max_texts, state.max_characters = max_texts, max_characters
     state.max_queue, state.max_body_bytes = max_queue, max_body_bytes
     return app
@@ -211,7 +215,7 @@ def check_host(host: str, api_key: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a model or of a LoRA adapter, or a hub id")
+    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs API_KEY")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model_name", help="name in the API; by default the last part of the folder's name")
@@ -226,11 +230,11 @@ def main(argv: list[str] | None = None) -> None:
     api_key = os.environ.get("API_KEY")
     try:
         check_host(args.host, api_key)
-        model, tokenizer = load_trained(args.model, args.trust_remote_code)
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
     except UserError as error:
         sys.exit(str(error))
     name = args.model_name or Path(args.model).resolve().name
-    app = create_classifier_app(model, tokenizer, name, api_key, args.max_texts, args.max_characters, args.max_queue)
+    app = create_app(model, tokenizer, name, api_key, args.max_texts, args.max_characters, args.max_queue)
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)
 
 

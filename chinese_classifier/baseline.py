@@ -1,6 +1,6 @@
 """Character TF-IDF with logistic regression: the figure to beat, and a second opinion on each training label.
 
-python baseline.py reviews                 accuracy and macro-F1 on the same rows that train.py holds out
+python baseline.py reviews                 accuracy and macro-F1 on train.py's validation and test rows
 """
 
 import argparse
@@ -46,7 +46,8 @@ def cross_predict(texts: list[str], labels: list[int], num_labels: int, num_fold
     labels = np.array(labels)
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), min_df=2, sublinear_tf=True, dtype=np.float32)
     features = vectorizer.fit_transform(texts)
-    folds, probability = number_folds(labels, num_folds), np.zeros((len(texts), num_labels), dtype=np.float32)
+    folds = number_folds(labels, num_folds)
+    probability = np.zeros((len(texts), num_labels), dtype=np.float32)
     for fold in np.unique(folds):
         seen = folds != fold
         if len(np.unique(labels[seen])) < 2:
@@ -75,10 +76,11 @@ def main():
     parser.add_argument("data_path", help="as train.py's --data_path")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--label_column", default="label")
-    parser.add_argument("--seed", type=int, default=42, help="decides which blocks are held out, as in train.py")
+    parser.add_argument("--seed", type=int, default=42, help="decides which blocks validate and test, as in train.py")
     options = parser.parse_args()
-    columns, shares = (options.text_column, options.label_column), {"validation": 0.1, "test": 0.1}
-    tables, _ = load_tables(options.data_path, columns, shares, options.seed, held_out={})
+    columns = (options.text_column, options.label_column)
+    shares = {"validation": 0.1, "test": 0.1}
+    tables, _ = load_tables(options.data_path, columns, shares, options.seed)
     model = build_baseline().fit(tables["train"].text, tables["train"].label)
     for name, table in list(tables.items())[1:]:
         predicted = model.predict(table.text)

@@ -33,7 +33,8 @@ def hash_table(table: pd.DataFrame) -> str:
 def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
     """What the tokenizer makes of the texts, cut at the end, with `labels`, `length` and whether anything was cut."""
     encoded = tokenizer(batch["text"], truncation=True)
-    limit, lengths = tokenizer.model_max_length, [len(ids) for ids in encoded["input_ids"]]
+    limit = tokenizer.model_max_length
+    lengths = [len(ids) for ids in encoded["input_ids"]]
     cut = [
         length == limit and len(tokenizer(text, verbose=False)["input_ids"]) > limit
         for text, length in zip(batch["text"], lengths, strict=True)
@@ -61,8 +62,8 @@ def encode_table(table: pd.DataFrame, label2id: dict[str, int], tokenizer) -> Da
                 new_fingerprint=folder.name,
                 desc="tokenize",
             )
-            encoded.save_to_disk(f"{scratch}/whole")
-            os.rename(f"{scratch}/whole", folder)
+            encoded.save_to_disk(f"{scratch}/complete")
+            os.rename(f"{scratch}/complete", folder)
     return Dataset.load_from_disk(folder)
 
 

@@ -1,16 +1,19 @@
 """A page for a trained classifier: scores as bars, the words that decided, and whole tables.
 
-    python infer.py output --demo
+    python demo.py output                     http://127.0.0.1:7860, this machine only
+    python demo.py output --port 7861         on another port
 
 The way of a text: page -> classify_text (predict_probabilities and explain of infer.py) -> page.
 """
 
+import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import gradio as gr
 
-from infer import classify_table, explain, predict_probabilities, rank_classes, read_texts
+from infer import classify_table, explain, load_trained_model, predict_probabilities, rank_classes, read_texts
 from rows import UserError
 
 EXAMPLE_TEXTS = [
@@ -28,8 +31,8 @@ def scale_words(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(word, round(weight / strongest, 3)) for word, weight in words]
 
 
-def build_classifier_demo(model, tokenizer, title: str = "中文文本分类演示"):
-    """A Gradio page for the classifier: `build_classifier_demo(...).launch()` serves it on 127.0.0.1."""
+def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
+    """A Gradio page for the classifier: `build_demo(...).launch()` serves it on 127.0.0.1."""
 
     def classify_text(text: str):
         if not text.strip():
@@ -84,3 +87,22 @@ def build_classifier_demo(model, tokenizer, title: str = "中文文本分类演�
         clear.click(lambda: ("", None, None), None, [text, scores, words])
         start.click(classify_upload, [upload, text_column], [summary, head, download], concurrency_id="model")
     return demo.queue(max_size=16)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
+    except UserError as error:
+        sys.exit(str(error))
+    demo = build_demo(model, tokenizer, title=f"文本分类：{Path(args.model).resolve().name}")
+    demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer import find_base_model, load_trained
+from infer import find_base_model, load_trained_model
 from rows import UserError
 
 PROBES = [
@@ -32,7 +32,7 @@ def encode_probes(tokenizer, texts: list[str] = PROBES):
 
 
 @torch.no_grad()
-def probe_classifier(model, tokenizer) -> torch.Tensor:
+def probe_logits(model, tokenizer) -> torch.Tensor:
     """Logits of the probes, shape (probes, num_labels), on the CPU."""
     return model(**encode_probes(tokenizer)).logits
 
@@ -43,7 +43,7 @@ def check_target(target: str) -> None:
         raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
 
 
-def export_classifier(path: str, target: str, trust_remote_code: bool = False) -> float:
+def export(path: str, target: str, trust_remote_code: bool = False) -> float:
     """Writes the model at `path`, its adapter merged in, as a plain folder `target`.
 
     Returns:
@@ -53,14 +53,14 @@ def export_classifier(path: str, target: str, trust_remote_code: bool = False) -
         UserError: no model at `path`, a target that is not empty, or a difference that rounding can't explain.
     """
     check_target(target)
-    model, tokenizer = load_trained(path, trust_remote_code)
-    expected = probe_classifier(model.cpu(), tokenizer)
+    model, tokenizer = load_trained_model(path, trust_remote_code)
+    expected = probe_logits(model.cpu(), tokenizer)
     if find_base_model(path) is not None:
         model = model.merge_and_unload()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     written = AutoModelForSequenceClassification.from_pretrained(target, trust_remote_code=trust_remote_code).eval()
-    difference = (probe_classifier(written, AutoTokenizer.from_pretrained(target)) - expected).abs().max().item()
+    difference = (probe_logits(written, AutoTokenizer.from_pretrained(target)) - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise UserError(f"{target}: its logits differ from those of {path} by up to {difference:.2e}. Do not use it.")
     return difference
@@ -77,7 +77,7 @@ def export_onnx(target: str, trust_remote_code: bool = False) -> tuple[float, fl
     """
     import onnxruntime
 
-    model, tokenizer = load_trained(target, trust_remote_code)
+    model, tokenizer = load_trained_model(target, trust_remote_code)
     model.cpu()
     inputs = dict(encode_probes(tokenizer))
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
@@ -126,13 +126,13 @@ def compare_speed(model, session, inputs, rounds: int = 10) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a LoRA adapter or of a whole model, or a hub id")
+    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
     parser.add_argument("target", help="folder to write, new or empty")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too (pip install onnx onnxscript)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
     try:
-        difference = export_classifier(args.model, args.target, args.trust_remote_code)
+        difference = export(args.model, args.target, args.trust_remote_code)
         print(f"{args.target}: written and read again; largest difference of a logit {difference:.2e}")
         if args.onnx:
             difference, ratio = export_onnx(args.target, args.trust_remote_code)

@@ -2,7 +2,6 @@
 
     python infer.py output --text "房间干净，服务员也热情。"               one text: scores, and the words that decided
     python infer.py output --file my.csv --output predicted.csv           a whole table, with two columns more
-    python infer.py output --demo                                         Gradio page on http://127.0.0.1:7860
 
 The way of the texts: predict_probabilities (sorted by length, hardly any padding) -> their own order again.
 """
@@ -26,6 +25,7 @@ from rows import UserError, clean_label, read_cells
 CHUNK = 20_000  # texts of a table that are tokenised at a time: a million would take the memory of a machine
 
 
+# >>> model-path
 def check_model_path(path: str, named_by: str = "") -> None:
     """Raises UserError where `path` is neither a folder with a model or an adapter nor the form of a hub id."""
     folder = Path(path)
@@ -44,7 +44,7 @@ def check_model_path(path: str, named_by: str = "") -> None:
 
 
 def find_base_model(path: str) -> str | None:
-    """The base model of a LoRA adapter folder; None where `path` is a whole model.
+    """The base model of a LoRA adapter folder; None where `path` is a full model.
 
     A relative base is looked for here first, then in the folder of this recipe, where the training was started.
 
@@ -61,11 +61,14 @@ def find_base_model(path: str) -> str | None:
     return base
 
 
-def load_trained(path: str, trust_remote_code: bool = False):
+# <<< model-path
+
+
+def load_trained_model(path: str, trust_remote_code: bool = False):
     """A trained classifier and its tokenizer, in eval mode, on the GPU where there is one.
 
     Args:
-        path: folder of a whole model or of a LoRA adapter (its base is loaded too), or a hub id.
+        path: folder of a full model or of a LoRA adapter (its base is loaded too), or a hub id.
 
     Returns:
         model, tokenizer; `model.config.id2label` names the classes.
@@ -92,13 +95,15 @@ def load_trained(path: str, trust_remote_code: bool = False):
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{base or path}: no model could be read there ({str(error).splitlines()[0]}).") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, count_positions(config))
-    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # texts are tokenised once, padded later
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def cut_into_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Rows by their length, longest first, in batches of at most `max_tokens` tokens, padding included."""
-    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
     while start < len(order):
         rows = max(1, max_tokens // int(lengths[order[start]]))
         batches.append(order[start : start + rows])
@@ -203,26 +208,18 @@ def classify_file(model, tokenizer, file: str, output: str, text_column: str, la
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a model or of a LoRA adapter, or a hub id")
+    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--text", help="classify this text and end")
     task.add_argument("--file", help="classify a .csv / .tsv and end")
-    task.add_argument("--demo", action="store_true", help="serve a Gradio page")
     parser.add_argument("--output", default="predicted.csv", help="where --file writes its table")
     parser.add_argument("--text_column", default="text", help="column of the texts in --file")
     parser.add_argument("--label_column", default="label", help="column of the labels in --file, if it has one")
-    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_trained(args.model, args.trust_remote_code)
-        if args.demo:
-            from demo import build_classifier_demo
-
-            demo = build_classifier_demo(model, tokenizer, title=f"文本分类：{Path(args.model).name}")
-            demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
-        elif args.file:
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
+        if args.file:
             classify_file(model, tokenizer, args.file, args.output, args.text_column, args.label_column)
         else:
             if not args.text.strip():

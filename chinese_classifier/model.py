@@ -1,4 +1,4 @@
-"""The tokenizer and the classifier: any encoder that Transformers classifies with, whole or with adapters."""
+"""The tokenizer and the classifier: any encoder that Transformers classifies with, for full fine-tuning or LoRA."""
 
 import sys
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ def no_model_there(path: str, error: Exception) -> UserError:
     )
 
 
-def load_encoder_tokenizer(model_args):
+def load_tokenizer(model_args):
     """The model's tokenizer; raises UserError where there is none, or it can't pad."""
     path = model_args.model_name_or_path
     try:
@@ -35,7 +35,7 @@ def load_encoder_tokenizer(model_args):
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise UserError(f"{path}: its tokenizer has no token to pad with.")
-    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are tokenised once, padded later
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # texts are tokenised once, padded later
     return tokenizer
 
 
@@ -49,7 +49,7 @@ def count_positions(config) -> int:
     return positions
 
 
-def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
+def load_model(model_args, args, id2label: dict[int, str]) -> nn.Module:
     """The encoder with a new head for these classes, or with its own head, and order, where it knows the same ones.
 
     Frozen weights and DeepSpeed's working copy are kept in half precision; weights that the optimizer updates itself
@@ -82,7 +82,7 @@ def load_classifier(model_args, args, id2label: dict[int, str]) -> nn.Module:
     model.config.problem_type = "single_label_classification"
     if model_args.use_lora:
         modules = {name.rpartition(".")[0] for name in new if name.split(".")[0] not in HEADS}
-        model = add_classifier_lora(model, model_args, sorted(modules))
+        model = add_lora(model, model_args, sorted(modules))
         for parameter in model.parameters() if not args.deepspeed else ():  # which keeps fp32 copies by itself
             if parameter.requires_grad:  # PEFT casts the adapters, but not the head
                 parameter.data = parameter.data.float()
@@ -94,22 +94,22 @@ def redraw_head(model: nn.Module) -> None:
     heads = [module for name, module in model.named_children() if name in HEADS]
     for layer in [layer for head in heads for layer in head.modules()]:
         if isinstance(layer, nn.Linear):
-            whole = nullcontext()
+            gathered = nullcontext()
             if is_deepspeed_zero3_enabled():
                 import deepspeed
 
-                whole = deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0)
-            with whole:
+                gathered = deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0)
+            with gathered:
                 layer.reset_parameters()
 
 
-def add_classifier_lora(model: nn.Module, model_args, new_modules: list[str]) -> nn.Module:
-    """The model with low-rank adapters and a head that is trained whole; the rest is frozen.
+def add_lora(model: nn.Module, model_args, new_modules: list[str]) -> nn.Module:
+    """The model with low-rank adapters and a head that is trained in full; the rest is frozen.
 
     Source: Hu et al., "LoRA" (2021); library: PEFT.
 
     Args:
-        new_modules: others that the checkpoint has no weights for (a pooler); trained whole and saved like the head.
+        new_modules: others that the checkpoint has no weights for (a pooler); trained in full and saved like the head.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -25,17 +25,18 @@ def hash_ngrams(characters: torch.Tensor, max_ngram: int) -> torch.Tensor:
     """A number from 1 to 2**31 - 2 for each n-gram of characters, by the character that it begins with.
 
     Args:
-        characters: code points, 0 for none; the characters of a row stand together, whatever zeros lie between them.
-            Shape (rows, places).
+        characters: code points, 0 for none, shape (sequences, places); the characters of a sequence stand together,
+            whatever zeros lie between them.
 
     Returns:
-        Shape (rows, places, max_ngram), int64; 0 where no n-gram is.
+        Shape (sequences, places, max_ngram), int64; 0 where no n-gram is.
     """
     places = characters.shape[1]
     is_one = characters > 0
     place = torch.where(is_one, is_one.cumsum(1) - 1, places)
     together = F.pad(torch.zeros_like(characters), (0, 1)).scatter(1, place, characters)[:, :places]
-    value, hashes = torch.zeros_like(together), []
+    value = torch.zeros_like(together)
+    hashes = []
     for n in range(max_ngram):
         last = F.pad(together[:, n:], (0, n))
         value = (value * HASH_BASE + last) % HASH_MODULUS
@@ -49,7 +50,7 @@ class NgramModernBertConfig(ModernBertConfig):
     ngram_table_size: slots of the table, one n-gram each; max_ngram: its characters at most.
     max_token_characters: in a token of the vocabulary; num_special_tokens: the first ids of the vocabulary.
     ngram_share: of the n-grams' logits in the mean of both; the rest is the encoder's.
-    token_dropout: share of the tokens that are masked while training, from 0 to twice that much in a row.
+    token_dropout: share of the tokens that are masked while training, from 0 to twice that much in one sequence.
     """
 
     model_type = "ngram_modernbert"
@@ -85,7 +86,7 @@ class NgramModernBertForSequenceClassification(ModernBertForSequenceClassificati
         self.register_buffer("ngram_bias", torch.zeros(config.num_labels))
 
     def ngram_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the n-grams alone: shape (rows, tokens) to (rows, num_labels)."""
+        """Logits of the n-grams alone: shape (sequences, tokens) to (sequences, num_labels)."""
         hashes = hash_ngrams(self.token_characters[input_ids].flatten(1), self.config.max_ngram).flatten(1)
         hashes = hashes.sort(1).values  # alike ones stand together; the first of them counts for all
         slots = hashes % self.config.ngram_table_size

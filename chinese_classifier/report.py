@@ -1,30 +1,29 @@
-"""What a user sees of a run: the first screen, the progress bar, train_results.json, pictures and suspicious rows."""
+"""What a user sees of a run: the run summary, train_results.json, pictures and suspicious rows."""
 
 import itertools
 import json
 import math
 import resource
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import ProgressCallback
 
 from data import column
 
 SUSPICIOUS_ROWS = 50
 
 
-def print_classes_screen(trainer, tokenizer, model_name: str, splits: dict, tables: dict, notes: list[str]) -> None:
-    """One screen, before the first step: what is trained, on what, how, and the first row with its label.
+def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables: dict, notes: list[str]) -> None:
+    """Some lines before the first step: what is trained, on what, how, and the first row with its label.
 
     Args:
         splits: part -> its encoded rows; tables: part -> its texts and labels.
     """
-    args, parameters = trainer.args, list(trainer.model.parameters())
-    # Under ZeRO-3 a parameter is an empty shell that knows its whole size as ds_numel.
+    args = trainer.args
+    parameters = list(trainer.model.parameters())
+    # Under ZeRO-3 a parameter is an empty shell that knows its full size as ds_numel.
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
     trainable = sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad)
     sampler = trainer.get_train_dataloader().batch_sampler
@@ -61,28 +60,6 @@ def padding_as_they_come(lengths: np.ndarray, args) -> float:
     return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)
 
 
-class SpeedProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss and the tokens per second beside the remaining time."""
-
-    def __init__(self, tokens_per_epoch: int):
-        super().__init__()
-        self.tokens_per_epoch = tokens_per_epoch
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.start, self.start_epoch = time.time(), state.epoch or 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None:
-            return
-        if "loss" in logs:
-            tokens = (state.epoch - self.start_epoch) * self.tokens_per_epoch
-            speed = tokens / (time.time() - self.start)
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
-        elif "eval_loss" in logs:
-            self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   held-out loss {logs['eval_loss']:.4f}")
-
-
 def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
     """Precision, recall, F1 and rows of each class, the worst F1 first."""
     table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
@@ -97,18 +74,20 @@ def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int,
     return rows[rows.label != predicted].sort_values("probability", ascending=False)
 
 
-def save_classification_report(trainer, predictions: dict, tables: dict, train_metrics: dict, tokens: float) -> dict:
+def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, tokens: float) -> dict:
     """Writes train_results.json, per_class.csv, confusion.png, loss.png and suspicious_rows.csv into output_dir.
 
     Args:
-        predictions: held-out part ("validation", "test") -> logits of its rows, shape (rows, num_labels).
+        predictions: "validation", "test" -> logits of their rows, shape (rows, num_labels).
         tables: part -> its texts and labels.
         tokens: that this process has seen in training.
 
     Returns:
         What train_results.json holds.
     """
-    args, history, folder = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
+    args = trainer.args
+    history = trainer.state.log_history
+    folder = Path(args.output_dir)
     id2label = trainer.model.config.id2label
     results = {
         "steps": trainer.state.global_step,
@@ -137,23 +116,27 @@ def save_classification_report(trainer, predictions: dict, tables: dict, train_m
     else:
         results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     (folder / "train_results.json").write_text(json.dumps(results, indent=2))
-    plot_history(history).savefig(folder / "loss.png", dpi=120)
+    plot_loss(history).savefig(folder / "loss.png", dpi=120)
     return results
 
 
-def plot_history(history: list[dict]):
-    """The training and held-out loss by step, and the held-out accuracy, as a matplotlib figure."""
+def plot_loss(history: list[dict]):
+    """The training and validation loss by step, and the validation accuracy, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    curves = (left, "loss", "training", "-"), (left, "eval_loss", "held out", "o-"), (right, "eval_accuracy", "", "o-")
+    curves = (
+        (left, "loss", "training", "-"),
+        (left, "eval_loss", "validation", "o-"),
+        (right, "eval_accuracy", "", "o-"),
+    )
     for axes, key, label, style in curves:
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     left.set(xlabel="step", ylabel="loss (nats per row)")
-    right.set(xlabel="step", ylabel="held-out accuracy")
+    right.set(xlabel="step", ylabel="validation accuracy")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     if left.lines:

@@ -18,6 +18,7 @@ MAX_CHARACTERS = 100_000  # in one cell; more is a quote that was never closed, 
 COLUMNS = ["text", "label", "source", "reason"]
 
 
+# >>> encoding
 class UserError(ValueError):
     """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
 
@@ -47,7 +48,10 @@ def detect_encoding(path: str) -> tuple[str, str]:
     )
 
 
-def list_tables(data_path: str) -> list[str]:
+# <<< encoding
+
+
+def list_files(data_path: str) -> list[str]:
     """The `.csv` / `.tsv` files of a file or folder, by name; raises UserError where there is none."""
     path = Path(data_path)
     if path.is_file() and path.suffix.lower() not in (".csv", ".tsv"):
@@ -104,7 +108,8 @@ def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tup
     if encoding == "gb18030":
         check_one_encoding(path)
     csv.field_size_limit(sys.maxsize)
-    rows, start = [], 1
+    rows = []
+    start = 1
     with open(path, encoding=encoding, newline="") as file:
         delimiter = find_delimiter(file.readline(), columns[0])
         file.seek(0)
@@ -136,7 +141,8 @@ def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
         UserError: see `read_cells`.
     """
     header, rows = read_cells(path, (text_column, label_column))
-    places, table = (header.index(text_column), header.index(label_column)), []
+    places = (header.index(text_column), header.index(label_column))
+    table = []
     for line, cells in rows:
         text, label, reason = check_cells(cells, len(header), *places)
         table.append((text, label, f"{path}:{line}", reason))
@@ -183,9 +189,9 @@ def normalize(text: str) -> str:
 
 
 def split_in_blocks(table: pd.DataFrame, shares: dict[str, float], seed: int, num_blocks: int = 100):
-    """The table in parts, each class cut into contiguous blocks that are dealt out whole.
+    """The table in parts, each class cut into contiguous blocks, each of which is assigned as a whole.
 
-    Neighbours in a file are often about the same thing; dealt out one by one they would stand on both sides.
+    Neighbours in a file are often about the same thing; assigned one by one they would stand on both sides.
 
     Args:
         shares: part -> its share of the rows; what is left is "train".
@@ -197,7 +203,8 @@ def split_in_blocks(table: pd.DataFrame, shares: dict[str, float], seed: int, nu
     part = pd.Series("train", index=table.index)
     for _, rows in table.groupby("label", sort=True):
         blocks = np.array_split(rows.index.to_numpy(), min(num_blocks, len(rows)))
-        order, start = rng.permutation(len(blocks)), 0
+        order = rng.permutation(len(blocks))
+        start = 0
         for name, share in shares.items():
             left_for_training = len(blocks) - start - 1
             count = min(max(1, round(share * len(blocks))), left_for_training) if share else 0
@@ -210,7 +217,7 @@ def split_in_blocks(table: pd.DataFrame, shares: dict[str, float], seed: int, nu
 def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """The splits without bad rows, texts of two classes, copies, and texts that stand on two sides.
 
-    A copy leaves the training rows for the held-out ones' sake, and the validation rows for the test rows'.
+    A copy leaves the training rows for the validation and test rows' sake, and the validation rows for the test rows'.
 
     Args:
         splits: in the order train, validation, test, of which the last two may be missing.
@@ -218,7 +225,7 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
     Returns:
         The good rows of each split, and all that were removed, with `split` and `reason`.
     """
-    cleaned, removed, held_out = {}, [], {}
+    cleaned, removed, elsewhere = {}, [], {}
     for name in reversed(splits):
         rows = splits[name].copy()
         rows["key"] = [normalize(text) for text in rows.text]
@@ -228,8 +235,8 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
         classes = in_several.groupby("key").label.unique().map(" and ".join).to_dict()
         first, reasons = {}, {}
         for index, key, source in zip(usable.index, usable.key, usable.source, strict=True):
-            if key in held_out:
-                reasons[index] = f"held out as well: {held_out[key]}"
+            if key in elsewhere:
+                reasons[index] = f"in another split as well: {elsewhere[key]}"
             elif key in classes:
                 reasons[index] = f"in several classes: {classes[key]}"
             elif first.setdefault(key, source) != source:
@@ -237,5 +244,5 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
         rows["reason"] = [reasons.get(index, reason) for index, reason in rows.reason.items()]
         removed.append(rows[rows.reason != ""].assign(split=name))
         cleaned[name] = rows[rows.reason == ""].drop(columns="reason")
-        held_out |= dict(zip(cleaned[name].key, cleaned[name].source, strict=True))
+        elsewhere |= dict(zip(cleaned[name].key, cleaned[name].source, strict=True))
     return {name: cleaned[name] for name in splits}, pd.concat(removed[::-1])

@@ -161,7 +161,7 @@ def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regulari
 
 
 @torch.no_grad()
-def build_tiny_classifier(texts: list[str], labels: list[str], id2label: dict[int, str], folder: str) -> None:
+def build_tiny_model(texts: list[str], labels: list[str], id2label: dict[int, str], folder: str) -> None:
     """Saves a tokenizer of these texts, and a ModernBERT of one layer beside a classifier of n-grams.
 
     Raises:
@@ -203,7 +203,7 @@ def build_tiny_classifier(texts: list[str], labels: list[str], id2label: dict[in
     tokenizer.save_pretrained(folder)
 
 
-def tiny_classifier_folder(texts: list[str], labels: list[str], id2label: dict[int, str]) -> str:
+def tiny_model_folder(texts: list[str], labels: list[str], id2label: dict[int, str]) -> str:
     """Folder of the small classifier for these rows, built by the first process that asks for it."""
     code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("tiny.py", "ngram_modernbert.py")]
     identity = json.dumps([texts, labels, id2label, code])
@@ -211,6 +211,6 @@ def tiny_classifier_folder(texts: list[str], labels: list[str], id2label: dict[i
     CACHE_DIR.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
         if not folder.exists():
-            build_tiny_classifier(texts, labels, id2label, f"{scratch}/whole")
-            os.rename(f"{scratch}/whole", folder)
+            build_tiny_model(texts, labels, id2label, f"{scratch}/complete")
+            os.rename(f"{scratch}/complete", folder)
     return str(folder)

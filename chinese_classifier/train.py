@@ -22,27 +22,28 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
 
 from baseline import load_cross_predictions
-from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
+from callbacks import EarlyStopping, SpeedProgress
+from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, step_of
 from data import column, encode_table, hash_table
-from model import count_positions, load_classifier, load_encoder_tokenizer
+from model import count_positions, load_model, load_tokenizer
 from prepare import describe, load_tables, save_removed
-from report import SpeedProgress, print_classes_screen, save_classification_report
+from report import print_run_summary, save_report
 from rows import UserError, sort_labels
 from trainer import ClassificationTrainer, balanced_weights
 
 # Transformers' flags that would change nothing here, or not what their names say.
-NOT_TAKEN_HERE = {
+NOT_TAKEN = {
     "data_seed": "--seed decides the order of the rows too",
     "dataloader_drop_last": "every row is trained on",
     "resume_from_checkpoint": "a run in an --output_dir that holds its checkpoints goes on by itself",
     "auto_find_batch_size": "set --per_device_train_batch_size, and --gradient_accumulation_steps to make up for it",
     "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
-    "train_sampling_strategy": "rows are dealt by their tokens",
+    "train_sampling_strategy": "rows are assigned to steps by their tokens",
     "prediction_loss_only": "accuracy and macro-F1 are measured as well",
     "save_only_model": "a run can't go on from such a checkpoint; the model is saved at the end",
     "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
-    "dataloader_persistent_workers": "--dataloader_num_workers alone is handed on",
-    "dataloader_prefetch_factor": "--dataloader_num_workers alone is handed on",
+    "dataloader_persistent_workers": "--dataloader_num_workers alone is passed on",
+    "dataloader_prefetch_factor": "--dataloader_num_workers alone is passed on",
 }
 
 
@@ -117,7 +118,7 @@ class TrainingArguments(transformers.TrainingArguments):
     learning_rate: float = field(default=3e-5, metadata={"help": "2e-5 to 5e-5 for all weights, 2e-4 for LoRA."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Raise it where the held-out loss rises."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Raise it where the validation loss rises."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a loss that is not a number."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When the validation rows are measured."})
@@ -137,6 +138,7 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
 
+    # >>> hardware
     def __post_init__(self):
         gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.bf16 is None:
@@ -156,8 +158,10 @@ class TrainingArguments(transformers.TrainingArguments):
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one GPU; torchrun starts one for each
 
+    # <<< hardware
 
-def parse_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Flags, or a YAML file of them.
 
     Raises:
@@ -171,17 +175,17 @@ def parse_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
             model_args, data_args, args = parser.parse_args_into_dataclasses()
     except ValueError as error:
         raise UserError(str(error)) from None
-    refuse_flags(model_args, data_args, args)
+    refuse_flags_without_effect(model_args, data_args, args)
     return model_args, data_args, args
 
 
-def refuse_flags(model_args, data_args, args) -> None:
+def refuse_flags_without_effect(model_args, data_args, args) -> None:
     """Raises UserError for a flag that would change nothing here, or not what its name says."""
     defaults = ModelArguments()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
         if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
             raise UserError(f"--{name} has no effect without --use_lora true.")
-    for name, reason in NOT_TAKEN_HERE.items():
+    for name, reason in NOT_TAKEN.items():
         if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
             raise UserError(f"--{name} is not taken: {reason}.")
     for path, share in (("eval_data_path", "validation_split"), ("test_data_path", "test_split")):
@@ -199,7 +203,7 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
     """The texts and labels of each part, the classes by their numbers, and the rows that were removed.
 
     Raises:
-        UserError: the tables can't be learned from, or a flag needs held-out rows and there are none.
+        UserError: the tables can't be learned from, or a flag needs validation rows and there are none.
     """
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
     tables, removed = load_tables(
@@ -212,7 +216,8 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
     if "validation" not in tables:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
-                "early stopping and --load_best_model_at_end need held-out rows: --validation_split or --eval_data_path"
+                "early stopping and --load_best_model_at_end need validation rows: "
+                "--validation_split or --eval_data_path."
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     return tables, dict(enumerate(sort_labels(tables["train"].label))), removed
@@ -221,19 +226,19 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
 def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label: dict[int, str]):
     """Both, the tiny ones built from the training rows; the tokenizer cuts texts at the length that training sees."""
     if model_args.model_name_or_path == "tiny":
-        from tiny import tiny_classifier_folder
+        from tiny import tiny_model_folder
 
         texts, labels = tables["train"].text.tolist(), tables["train"].label.tolist()
-        model_args.model_name_or_path = tiny_classifier_folder(texts, labels, id2label)
-    tokenizer = load_encoder_tokenizer(model_args)
-    model = load_classifier(model_args, args, id2label)
+        model_args.model_name_or_path = tiny_model_folder(texts, labels, id2label)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(model_args, args, id2label)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the end of a row
     tokenizer.model_max_length = min(data_args.model_max_length, count_positions(model.config))
     return tokenizer, model
 
 
-def describe_classification_run(model_args, data_args, args, tables: dict) -> dict:
+def describe_run(model_args, data_args, args, tables: dict) -> dict:
     """What must be the same for a checkpoint to be continued bit for bit."""
     model_flags = ("use_lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "attn_implementation")
     training_flags = (
@@ -257,9 +262,9 @@ def describe_classification_run(model_args, data_args, args, tables: dict) -> di
 
 
 def main():
-    model_args, data_args, args = parse_flags()
-    is_first = args.process_index == 0
-    lock = lock_output_dir(args.output_dir) if is_first else None
+    model_args, data_args, args = parse_arguments()
+    is_main_process = args.process_index == 0
+    lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
 
     tables, id2label, removed = load_data(data_args, args)
@@ -268,12 +273,12 @@ def main():
     splits = {name: encode_table(table, model.config.label2id, tokenizer) for name, table in tables.items()}
 
     found = [None, False, []]
-    if is_first:
-        run = describe_classification_run(model_args, data_args, args, tables)
+    if is_main_process:
+        run = describe_run(model_args, data_args, args, tables)
         found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
     checkpoint, finished, messages = broadcast_object_list(found)
     if finished:
-        return print(*messages) if is_first else None
+        return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     labels = column(splits["train"], "labels")
     if args.distillation_alpha:
@@ -292,12 +297,12 @@ def main():
     trainer.add_callback(SpeedProgress(tokens))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
-    if is_first:
+    if is_main_process:
         save_removed(removed, Path(args.output_dir))
         if tokenizer.model_max_length < data_args.model_max_length:
             messages.append(f"the model has positions for {tokenizer.model_max_length} tokens of a text, no more")
         notes = [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
-        print_classes_screen(trainer, tokenizer, model_name, splits, tables, notes)
+        print_run_summary(trainer, tokenizer, model_name, splits, tables, notes)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
     warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
@@ -306,12 +311,13 @@ def main():
     predictions = {name: trainer.predict_logits(splits[name]) for name in ("validation", "test") if name in splits}
     trainer.save_model()
     trainer.save_state()
-    if is_first:
+    if is_main_process:
         trainer.model.config.save_pretrained(args.output_dir)  # beside adapters too: it names the classes
         steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         seen = tokens * trainer.state.epoch * steps / trainer.state.global_step
-        print(json.dumps(save_classification_report(trainer, predictions, tables, output.metrics, seen), indent=2))
+        print(json.dumps(save_report(trainer, predictions, tables, output.metrics, seen), indent=2))
         lock.close()
+    # >>> end
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
     trainer.accelerator.wait_for_everyone()
@@ -323,3 +329,4 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+# <<< end

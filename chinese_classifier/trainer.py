@@ -1,4 +1,4 @@
-"""The stock Trainer on batches of equal token counts, with the loss and the metrics over all rows of all ranks."""
+"""The stock Trainer on batches of equal token counts, with the loss and the metrics over all examples of all ranks."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from batch import TokenBudgetSampler, collate_padded
-from checkpoint import WholeCheckpoints
+from callbacks import CompleteCheckpoints
 from data import IGNORE_INDEX, column
 
 METRICS_FILE = str(Path(__file__).with_name("classification_metrics.py"))
@@ -30,24 +30,24 @@ def balanced_weights(labels: np.ndarray, num_labels: int) -> torch.Tensor:
 
 
 class ClassificationTrainer(Trainer):
-    """The stock Trainer on batches of equal token counts, with the loss and the metrics over all rows of all ranks.
+    """The stock Trainer on batches of equal token counts, with the loss and the metrics over all examples of all ranks.
 
-    - `get_train_dataloader`: rows dealt to steps and ranks by tokens
+    - `get_train_dataloader`: examples assigned to steps and ranks by tokens
     - `compute_loss`: the same loss for any number of ranks and accumulation steps
-    - `predict_logits`, `evaluate`: each held-out row exactly once, whatever rank holds it
+    - `predict_logits`, `evaluate`: each validation row exactly once, whatever rank has it
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
 
     def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
-        """class_weights: shape (num_labels,), of mean 1 over the training rows; None where all rows count 1."""
+        """class_weights: shape (num_labels,), of mean 1 over the training rows; None where each counts 1."""
         super().__init__(*args, data_collator=partial(collate_padded, tokenizer=kwargs["processing_class"]), **kwargs)
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.metrics_of = evaluate.load(METRICS_FILE, keep_in_memory=True)
-        self.add_callback(WholeCheckpoints(self.accelerator, self.args.save_total_limit))
-        self.args.save_total_limit = None  # the stock rotation removes the old checkpoint before the new one is whole
+        self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
+        self.args.save_total_limit = None  # the stock rotation removes the old before the new one is complete
 
     def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
         """This rank's batches; the sampler has shared them out already, so Accelerate must not do so again."""
@@ -79,13 +79,13 @@ class ClassificationTrainer(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the rows of the global batch, of which this rank adds its share.
+        """Mean loss over the examples of the global batch, of which this rank adds its share.
 
         A target is the label, mixed with `soft_labels` where there are any (Hinton et al., "Distilling the Knowledge in
         a Neural Network", 2015), then smoothed.
 
         Args:
-            num_items_in_batch: rows over all ranks and accumulation steps.
+            num_items_in_batch: examples over all ranks and accumulation steps.
         """
         labels, soft_labels = inputs.pop("labels"), inputs.pop("soft_labels", None)
         logits = model(**inputs).logits.float()
@@ -121,7 +121,7 @@ class ClassificationTrainer(Trainer):
         return {"loss": loss, **scores}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Loss, accuracy and macro-F1 over all held-out rows."""
+        """Loss, accuracy and macro-F1 over all validation rows."""
         scores = self.measure(self.predict_logits(self.eval_dataset), column(self.eval_dataset, "labels"))
         metrics = {f"eval_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
         self.log(metrics)
@@ -129,7 +129,7 @@ class ClassificationTrainer(Trainer):
         return metrics
 
     def evaluate_at_the_end(self) -> None:
-        """The held-out loss of the last step, unless it is known; the best checkpoint's is."""
+        """The validation loss of the last step, unless it is known; the best checkpoint's is."""
         measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
         step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
         if self.eval_dataset is not None and step not in measured:

@@ -9,6 +9,8 @@ The way of a request: read_request -> prepare (template, limits) -> generate (on
 -> one JSON object or server-sent events. A client that goes away frees its place, waiting or served.
 """
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
 import argparse
 import asyncio
 import hmac
@@ -34,7 +36,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from infer import context_length, decode_pieces, encode_prompts, generation_settings, load_chat_model, stream_tokens
+from infer import context_length, decode_pieces, encode_prompts, generation_settings, load_trained_model, stream_tokens
 from rows import UserError
 
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.
@@ -332,7 +334,7 @@ def create_app(
     """The API of one model.
 
     Args:
-        model, tokenizer: from `infer.load_chat_model`.
+        model, tokenizer: from `infer.load_trained_model`.
         api_key: where given, /v1/... wants `Authorization: Bearer <api_key>`.
         max_input_tokens: longest prompt; by default what the model's context holds.
         max_new_tokens: longest reply.
@@ -378,9 +380,9 @@ def main(argv: list[str] | None = None) -> None:
     api_key = os.environ.get("API_KEY")
     try:
         check_host(args.host, api_key)
-        model, tokenizer = load_chat_model(args.model, args.trust_remote_code)
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     name = args.model_name or Path(args.model).resolve().name
     app = create_app(model, tokenizer, name, api_key, args.max_input_tokens, args.max_new_tokens, args.max_queue)
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)

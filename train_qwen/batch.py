@@ -1,4 +1,6 @@
-"""Samples -> batches without padding: packing, dealing to the ranks, laying end to end."""
+"""Examples -> padding-free batches: packed into bins, assigned to steps and ranks, flattened."""
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import bisect
 from collections.abc import Iterator
@@ -10,50 +12,50 @@ from transformers import DataCollatorWithFlattening
 from data import IGNORE_INDEX
 
 
-def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Fills rows of at most `row_length` tokens by best fit, longest sample first.
+def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Fills bins of at most `capacity` tokens by best fit, longest example first.
 
     Source: Ding et al., "Fewer Truncations Improve Language Modeling" (2024).
 
     Args:
-        lengths: tokens of each sample, shape (samples,); none is longer than `row_length`.
+        lengths: tokens of each example, shape (examples,); none is longer than `capacity`.
 
     Returns:
-        Rows of sample indices; each sample stands in exactly one.
+        Bins of example indices; each example stands in exactly one.
     """
-    rows, room = [], []  # room: sorted (tokens left, row)
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        place = bisect.bisect_left(room, (length, 0))
-        if place < len(room):
-            left, row = room.pop(place)
+    bins, free = [], []  # free: sorted (tokens left, bin)
+    for example in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example])
+        place = bisect.bisect_left(free, (length, 0))
+        if place < len(free):
+            left, number = free.pop(place)
         else:
-            left, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        bisect.insort(room, (left - length, row))
-    return rows
+            left, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(example)
+        bisect.insort(free, (left - length, number))
+    return bins
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Deals rows to steps, and the rows of a step to the ranks, so that all get nearly the same number of tokens.
+    """Assigns bins to steps, and the bins of a step to the ranks, so that all get nearly the same number of tokens.
 
-    No rank waits for another, and no step needs much more memory than the others. Which rows share a step depends on
-    the rows in a step alone: 1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2 train on the same ones. A last
-    step that has too few rows leaves some batches empty; `collate_packed` makes those harmless.
+    No rank waits for another, and no step needs much more memory than the others. Which bins share a step depends on
+    their number in a step alone: 1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2 train on the same ones. A
+    last step that has too few bins leaves some batches empty; `collate_padding_free` makes those harmless.
 
     Args:
-        lengths: tokens of each sample, shape (samples,).
-        rows: sample indices of each row; one sample a row where nothing is packed.
-        batch_size: rows in one batch of one rank.
+        lengths: tokens of each example, shape (examples,).
+        bins: example indices of each bin; one example a bin where nothing is packed.
+        batch_size: bins in one batch of one rank.
         num_batches_per_step: gradient accumulation steps.
     """
 
-    STEPS_DEALT_AT_ONCE = 32
+    STEPS_ASSIGNED_AT_ONCE = 32
 
-    def __init__(self, lengths, rows, batch_size, num_batches_per_step, num_ranks, rank, seed, shuffle=True):
-        self.rows = rows
-        self.row_tokens = np.array([sum(lengths[i] for i in row) for row in rows])
+    def __init__(self, lengths, bins, batch_size, num_batches_per_step, num_ranks, rank, seed, shuffle=True):
+        self.bins = bins
+        self.bin_tokens = np.array([sum(lengths[i] for i in examples) for examples in bins])
         self.batch_size, self.num_batches_per_step = batch_size, num_batches_per_step
         self.num_ranks, self.rank, self.seed, self.shuffle, self.epoch = num_ranks, rank, seed, shuffle, 0
 
@@ -62,48 +64,48 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of one rank in one epoch."""
-        return -(-len(self.rows) // (self.batch_size * self.num_ranks))
+        return -(-len(self.bins) // (self.batch_size * self.num_ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step_rows in self.steps():
-            num_rounds = -(-len(step_rows) // (self.batch_size * self.num_ranks))
+        for step_bins in self.steps():
+            num_rounds = -(-len(step_bins) // (self.batch_size * self.num_ranks))
             # Neighbours in the order of their tokens run at the same time on different ranks, so they are alike.
-            batches = self.deal(step_rows, num_rounds * self.num_ranks, self.batch_size)
+            batches = self.assign(step_bins, num_rounds * self.num_ranks, self.batch_size)
             for round_start in range(0, len(batches), self.num_ranks):
-                yield [sample for row in batches[round_start + self.rank] for sample in self.rows[row]]
+                yield [example for number in batches[round_start + self.rank] for example in self.bins[number]]
 
     def steps(self) -> Iterator[list[int]]:
-        """The rows of each optimizer step of the epoch, over all ranks."""
+        """The bins of each optimizer step of the epoch, over all ranks."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
-        rows_per_step = self.batch_size * self.num_ranks * self.num_batches_per_step
-        in_full_steps = len(order) // rows_per_step * rows_per_step
-        for start in range(0, in_full_steps, rows_per_step * self.STEPS_DEALT_AT_ONCE):
-            window = order[start : min(in_full_steps, start + rows_per_step * self.STEPS_DEALT_AT_ONCE)]
-            steps = self.deal(window.tolist(), len(window) // rows_per_step, rows_per_step)
+        order = rng.permutation(len(self.bins)) if self.shuffle else np.arange(len(self.bins))
+        bins_per_step = self.batch_size * self.num_ranks * self.num_batches_per_step
+        in_full_steps = len(order) // bins_per_step * bins_per_step
+        for start in range(0, in_full_steps, bins_per_step * self.STEPS_ASSIGNED_AT_ONCE):
+            window = order[start : min(in_full_steps, start + bins_per_step * self.STEPS_ASSIGNED_AT_ONCE)]
+            steps = self.assign(window.tolist(), len(window) // bins_per_step, bins_per_step)
             for index in rng.permutation(len(steps)):
                 yield steps[index]
         if in_full_steps < len(order):
             yield order[in_full_steps:].tolist()
 
-    def deal(self, rows: list[int], num_hands: int, room: int) -> list[list[int]]:
-        """Longest row first, each to the hand that has the fewest tokens and still has room; fullest hand first."""
-        hands, tokens = [[] for _ in range(num_hands)], [0] * num_hands
-        for row in sorted(rows, key=lambda row: -self.row_tokens[row]):
-            hand = min((i for i in range(num_hands) if len(hands[i]) < room), key=lambda i: tokens[i])
-            hands[hand].append(row)
-            tokens[hand] += int(self.row_tokens[row])
-        return [hands[i] for i in sorted(range(num_hands), key=lambda i: -tokens[i])]
+    def assign(self, bins: list[int], num_groups: int, capacity: int) -> list[list[int]]:
+        """Longest bin first, each to the group of fewest tokens that has fewer than `capacity`; fullest group first."""
+        groups, tokens = [[] for _ in range(num_groups)], [0] * num_groups
+        for number in sorted(bins, key=lambda number: -self.bin_tokens[number]):
+            group = min((i for i in range(num_groups) if len(groups[i]) < capacity), key=lambda i: tokens[i])
+            groups[group].append(number)
+            tokens[group] += int(self.bin_tokens[number])
+        return [groups[i] for i in sorted(range(num_groups), key=lambda i: -tokens[i])]
 
 
 flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=IGNORE_INDEX)
 
 
-def collate_packed(samples: list[dict]) -> dict:
-    """Samples laid end to end in one row; no sample at all gives a row of two tokens without labels.
+def collate_padding_free(examples: list[dict]) -> dict:
+    """Examples one after the other in one padding-free batch; none at all gives two tokens without labels.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (from 0 in each sample), all of shape (1, tokens);
-        `cu_seq_lens_q`, `cu_seq_lens_k` of shape (samples + 1,); `max_length_q`, `max_length_k`.
+        `input_ids`, `labels`, `position_ids` (from 0 in each example), all of shape (1, tokens);
+        `cu_seq_lens_q`, `cu_seq_lens_k` of shape (examples + 1,); `max_length_q`, `max_length_k`.
     """
-    return flatten(samples or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX]}])
+    return flatten(examples or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX]}])

@@ -1,18 +1,25 @@
 """A chat page for a trained model: streamed replies, stop, again, clear, and the settings of the generation.
 
-    python infer.py output_zero2 --demo
+    python demo.py output_zero2                     on http://127.0.0.1:7860
+    python demo.py output_zero2 --host 0.0.0.0      for the whole network
 
 The way of a question: page -> ask -> stream_page (stream_reply of infer.py) -> page.
 """
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
+import argparse
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
 
-from infer import stream_reply
+from infer import load_trained_model, stream_reply
+from rows import UserError
 
 EXAMPLES = ["你是谁？", "请用三句话介绍一下长城。", "“画蛇添足”是什么意思？", "感冒了应该注意什么？"]
 
@@ -115,3 +122,22 @@ def build_demo(model, tokenizer, title: str = "中文对话演示"):
         gr.on([clear.click, chatbot.clear], sessions.end_reply).then(sessions.clear, None, chatbot)
         demo.unload(sessions.forget)
     return demo.queue(max_size=16)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a model or of a LoRA adapter, or a hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    demo = build_demo(model, tokenizer, title=f"与 {Path(args.model).name} 对话")
+    demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
+
+
+if __name__ == "__main__":
+    main()

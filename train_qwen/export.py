@@ -6,6 +6,8 @@
 The merge is done in fp32 and cast afterwards; then the folder is read again and its logits are compared.
 """
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
 import argparse
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from infer import encode_prompts, find_base_model, load_chat_model
+from infer import encode_prompts, find_base_model, load_trained_model
 from rows import UserError
 
 # Largest difference of a logit, as a share of the largest logit, that rounding the weights explains.
@@ -31,7 +33,7 @@ def export(path: str, target: str, dtype: str | None = None, trust_remote_code: 
     """Writes the model at `path`, its adapter merged in, as a plain folder `target`.
 
     Args:
-        path: folder of a LoRA adapter or of a whole model, or a hub id.
+        path: folder of a LoRA adapter or of a full model, or a hub id.
         dtype: float32, bfloat16 or float16; by default that of the (base) model.
 
     Returns:
@@ -42,7 +44,7 @@ def export(path: str, target: str, dtype: str | None = None, trust_remote_code: 
     """
     if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
         raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
-    model, tokenizer = load_chat_model(path, trust_remote_code, dtype=torch.float32, device_map="cpu")
+    model, tokenizer = load_trained_model(path, trust_remote_code, dtype=torch.float32, device_map="cpu")
     expected = probe_logits(model, tokenizer)
     base = find_base_model(path)
     if dtype is None:
@@ -68,7 +70,7 @@ def export(path: str, target: str, dtype: str | None = None, trust_remote_code: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a LoRA adapter or of a whole model, or a hub id")
+    parser.add_argument("model", help="folder of a LoRA adapter or of a full model, or a hub id")
     parser.add_argument("target", help="folder to write, new or empty")
     parser.add_argument("--dtype", choices=list(TOLERANCES), help="by default that of the (base) model")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         difference = export(args.model, args.target, args.dtype, args.trust_remote_code)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     print(f"{args.target}: written and read again; largest difference of a logit {difference:.2e}")
 
 

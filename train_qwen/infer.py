@@ -3,10 +3,11 @@
     python infer.py output_zero2                                            chat in the terminal
     python infer.py output_zero2 --prompt "你是谁？" --temperature 0        one question
     python infer.py output_zero2 --file questions.txt --output replies.jsonl    one question a line, in batches
-    python infer.py output_zero2 --demo                                     Gradio page on http://127.0.0.1:7860
 
 The way of a reply: messages -> encode_prompts (the template of the training) -> stream_tokens -> decode_pieces -> text.
 """
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import argparse
 import json
@@ -26,6 +27,7 @@ from rows import UserError, detect_encoding
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 
 
+# >>> model-path
 def check_model_path(path: str, named_by: str = "") -> None:
     """Raises UserError where `path` is neither a folder with a model or an adapter nor the form of a hub id."""
     folder = Path(path)
@@ -44,7 +46,7 @@ def check_model_path(path: str, named_by: str = "") -> None:
 
 
 def find_base_model(path: str) -> str | None:
-    """The base model of a LoRA adapter folder; None where `path` is a whole model.
+    """The base model of a LoRA adapter folder; None where `path` is a full model.
 
     A relative base is looked for here first, then in the folder of this recipe, where the training was started.
 
@@ -61,11 +63,14 @@ def find_base_model(path: str) -> str | None:
     return base
 
 
-def load_chat_model(path: str, trust_remote_code=False, dtype: torch.dtype | None = None, device_map: str = "auto"):
+# <<< model-path
+
+
+def load_trained_model(path: str, trust_remote_code=False, dtype: torch.dtype | None = None, device_map: str = "auto"):
     """Loads a model and its tokenizer for chat, in eval mode.
 
     Args:
-        path: folder of a whole model or of a LoRA adapter (its base is loaded too), or a hub id.
+        path: folder of a full model or of a LoRA adapter (its base is loaded too), or a hub id.
         dtype: by default bf16 where a GPU has it, else fp32.
         device_map: "auto" spreads a model over the GPUs there are; a device's name puts it there.
 
@@ -289,11 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", help="answer this question and end")
     task.add_argument("--file", help="answer a text file with one question a line and end")
-    task.add_argument("--demo", action="store_true", help="serve a Gradio page")
     parser.add_argument("--output", default="replies.jsonl", help="where --file writes its replies")
     parser.add_argument("--batch_size", type=int, default=8, help="questions that --file answers side by side")
-    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page")
     parser.add_argument("--system", default="", help="system prompt")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest reply, in tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
@@ -305,13 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
     start = [{"role": "system", "content": args.system}] if args.system else []
     try:
-        model, tokenizer = load_chat_model(args.model, args.trust_remote_code)
-        if args.demo:
-            from demo import build_demo
-
-            demo = build_demo(model, tokenizer, title=f"与 {Path(args.model).name} 对话")
-            demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
-        elif args.file:
+        model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
+        if args.file:
             answer_file(model, tokenizer, args.file, args.output, args.batch_size, start, settings)
         elif args.prompt:
             for piece in stream_reply(model, tokenizer, [*start, {"role": "user", "content": args.prompt}], **settings):
@@ -320,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             chat_in_terminal(model, tokenizer, start, settings)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What makes a training step fast and small, and leaves the loss as it is.
 
-packed_sdpa          attention within each sequence of a row, so that rows need no padding
+packed_sdpa          attention within each sequence of a padding-free batch: no cross-contamination
 SupervisedHead       the LM head on supervised tokens only, in chunks
 remember_less        RMSNorm and gated MLP that keep fewer activations for the backward pass, the last MLP on
                      supervised tokens only
 """
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 from types import MethodType
 
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
 
@@ -19,11 +22,15 @@ from data import IGNORE_INDEX
 
 
 def packed_sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention over rows of several sequences: one SDPA call a sequence, so none sees its neighbour.
+    """Causal attention over a padding-free batch, in which no sequence sees its neighbour.
+
+    One call of FlashAttention's kernel that PyTorch brings (`torch.nn.attention.varlen`) where it takes the tensors,
+    else one SDPA call a sequence.
 
     Args:
         query, key, value: shape (1, heads, tokens, head_dim); key and value may have fewer heads (GQA).
-        kwargs: `sequence_lengths` (list of the tokens of each sequence), `sliding_window` (tokens, or None).
+        kwargs: `sequence_lengths` (list of the tokens of each sequence), `cu_seq_lens_q` (int32, (sequences + 1,)),
+            `max_length_q`, `sliding_window` (tokens, or None).
 
     Returns:
         Attention output of shape (1, tokens, heads, head_dim), and None for the weights.
@@ -34,6 +41,15 @@ def packed_sdpa(module, query, key, value, attention_mask, scaling=None, dropout
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise NotImplementedError("SDPA has neither capped scores nor attention sinks")
     lengths, window = kwargs["sequence_lengths"], kwargs.get("sliding_window")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made fp32 of query and key
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    if varlen_takes(query, value, dropout):
+        ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        flat = [states[0].transpose(0, 1) for states in (query, key, value)]
+        behind = -1 if window is None else window - 1
+        settings = {"scale": scaling, "window_size": (behind, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+        return varlen_attn(*flat, ends, ends, longest, longest, **settings)[None], None
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         length, mask = q.shape[2], None
@@ -44,10 +60,24 @@ def packed_sdpa(module, query, key, value, attention_mask, scaling=None, dropout
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def varlen_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether `varlen_attn` computes this: on a GPU of Ampere's kind or newer, in half precision, without dropout."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and dropout == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 AttentionInterface.register("packed_sdpa", packed_sdpa)
+# cuDNN's attention builds a plan for each new length, 0.1 s a time on an H100; FlashAttention's kernel needs none.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -201,8 +231,8 @@ def supervised_mlp(mlp: nn.Module, head: SupervisedHead):
 def layers_attend_only(config) -> bool:
     """Whether tokens meet in attention that `packed_sdpa` and FlashAttention keep within a sequence, and nowhere else.
 
-    Convolutions and recurrences (LFM2, Qwen3-Next, Mamba) run on over the border of two samples; chunked attention
-    (Llama 4) counts its chunks from the start of the row.
+    Convolutions and recurrences (LFM2, Qwen3-Next, Mamba) run on over the border of two sequences; chunked attention
+    (Llama 4) counts its chunks from the start of the batch.
     """
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     return set(kinds) <= {"full_attention", "sliding_attention"}

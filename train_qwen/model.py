@@ -1,78 +1,18 @@
-"""The tokenizer and the model: loaded, given a chat template or adapters, or built small on the spot."""
+"""The tokenizer and the model: loaded, given a chat template or adapters."""
 
-import hashlib
-import json
-from pathlib import Path
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import torch
-from filelock import FileLock
-from safetensors.torch import save_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
-from data import CACHE_DIR, IGNORE_INDEX, encode_conversation
-from rows import UserError, detect_encoding, list_files, read_rows
-
-# The layout of ChatML, which Qwen was trained on (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md).
-CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+from data import IGNORE_INDEX, encode_conversation
+from rows import UserError
 
 # For tokenizers that bring no template: plain role names, and the end of a turn is the tokenizer's own EOS.
 PLAIN_TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
-
-
-def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 1024) -> None:
-    """Saves a small Qwen2 with random weights (the real class) and a byte-level BPE trained on `texts`."""
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts, vocab_size, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
-    )
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.chat_template = CHATML
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
-    # model.save_pretrained would write nothing in a process that is not the first of its run.
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)
-
-
-def tiny_model_folder(data_path: str) -> str:
-    """Folder of the tiny model for this data, built by the first process that asks for it."""
-    paths = list_files(data_path)
-    encodings, digests = zip(*map(detect_encoding, paths), strict=True)
-    identity = json.dumps([digests, Path(__file__).read_text("utf-8")])
-    folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    CACHE_DIR.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "tokenizer_config.json").exists():
-            conversations = [json.loads(row["messages"]) for row in read_rows(paths, encodings) if not row["error"]]
-            build_tiny_model([message["content"] for turns in conversations for message in turns], str(folder))
-    return str(folder)
 
 
 def load_tokenizer(model_args):

@@ -6,6 +6,8 @@ A first look at whether training took hold: a model that learned nothing, or was
 was trained with, gets none. A large model that saw each row once or twice need not get any.
 """
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
 import argparse
 import sys
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from data import IGNORE_INDEX, load_splits
-from infer import load_chat_model
+from infer import load_trained_model
 from rows import UserError
 
 
@@ -48,7 +50,7 @@ def main():
     options = parser.parse_args()
     options.eval_data_path, options.skip_bad_rows = None, True
 
-    model, tokenizer = load_chat_model(options.model)
+    model, tokenizer = load_trained_model(options.model)
     rows, _, _ = load_splits(options, tokenizer, options.seed, bad_rows_file=None)
     chosen = np.random.default_rng(options.seed).permutation(len(rows))[: options.count]
     right = 0

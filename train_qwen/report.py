@@ -1,15 +1,15 @@
-"""What a user sees of a run: the first screen, the progress bar, train_results.json and loss.png."""
+"""What a user sees of a run: its summary before the first step, train_results.json and loss.png."""
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import html
 import itertools
 import json
 import math
 import resource
-import time
 from pathlib import Path
 
 import torch
-from transformers import ProgressCallback
 
 from data import IGNORE_INDEX, column
 
@@ -44,8 +44,8 @@ def labels_as_html(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     return f"<p>{text.replace('⟦', '<mark>').replace('⟧', '</mark>')}</p>"
 
 
-def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messages: list[str]) -> None:
-    """One screen, before the first step: what is trained, on what, how, and the first sample with its labels."""
+def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messages: list[str]) -> None:
+    """One screen, before the first step: what is trained, on what, how, and the first example with its labels."""
     args, parameters = trainer.args, list(trainer.model.parameters())
     # Under ZeRO-3 a parameter is an empty shell that knows its whole size as ds_numel.
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
@@ -60,47 +60,25 @@ def print_first_screen(trainer, tokenizer, model_name: str, summary: dict, messa
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     notes = {
         "bad rows skipped (bad_rows.jsonl)": summary["bad_rows"],
-        "copies of held-out rows taken out": summary["copies_of_held_out_rows_removed"],
+        "copies of validation rows taken out": summary["copies_of_validation_rows_removed"],
         "duplicates among the training rows, kept": summary["duplicates_kept"],
         "rows that lost early turns to fit": summary["rows_that_lost_early_turns"],
         "keys that were not used": summary["unused_keys"],
     }
     lines = [
         f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
-        f"samples     {summary['rows']:,} to train on, {summary['held_out_rows']:,} held out",
+        f"examples    {summary['rows']:,} to train on, {summary['validation_rows']:,} to validate on",
         f"tokens      {summary['tokens']:,} an epoch, {summary['supervised_tokens']:,} of them supervised",
         f"padding     none (padded batches would be {padding:.0%} padding)",
-        f"steps       {steps:,} of {args.per_device_train_batch_size} rows x {args.world_size} processes"
+        f"steps       {steps:,} of {args.per_device_train_batch_size} examples x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",
         *(f"note        {count}: {text}" for text, count in notes.items() if count),
         *(f"note        {message}" for message in messages),
-        "first sample, what is learned between ⟦ and ⟧:",
+        "first example, what is learned between ⟦ and ⟧:",
         show_labels(tokenizer, trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["labels"]),
     ]
     print("\n".join(lines), flush=True)
-
-
-class SpeedProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss and the tokens per second beside the remaining time."""
-
-    def __init__(self, tokens_per_epoch: int):
-        super().__init__()
-        self.tokens_per_epoch = tokens_per_epoch
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.start, self.start_epoch = time.time(), state.epoch or 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None:
-            return
-        if "loss" in logs:
-            tokens = (state.epoch - self.start_epoch) * self.tokens_per_epoch
-            speed = tokens / (time.time() - self.start)
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
-        elif "eval_loss" in logs:
-            self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   held-out loss {logs['eval_loss']:.4f}")
 
 
 def training_flops(model, tokens: float, supervised_tokens: float) -> float:
@@ -127,7 +105,7 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         steps: optimizer steps taken by this process, which a resumed run did not all take.
     """
     args, history = trainer.args, trainer.state.log_history
-    held_out = [entry for entry in history if "eval_loss" in entry]
+    validation = [entry for entry in history if "eval_loss" in entry]
     seconds = train_metrics["train_runtime"]
     tokens = summary["tokens"] * trainer.state.epoch * steps / trainer.state.global_step
     results = {
@@ -136,14 +114,14 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
-    if held_out:
-        before, after = held_out[0], held_out[-1]
+    if validation:
+        before, after = validation[0], validation[-1]
         if args.load_best_model_at_end and trainer.state.best_global_step:
-            after = next(entry for entry in held_out if entry["step"] == trainer.state.best_global_step)
+            after = next(entry for entry in validation if entry["step"] == trainer.state.best_global_step)
         results |= {
             "eval_loss_before": before["eval_loss"],
             "eval_loss_after": after["eval_loss"],
-            "eval_loss_best": min(entry["eval_loss"] for entry in held_out),
+            "eval_loss_best": min(entry["eval_loss"] for entry in validation),
             "perplexity_before": before["eval_perplexity"],
             "perplexity_after": after["eval_perplexity"],
             "best_checkpoint": trainer.state.best_model_checkpoint,
@@ -163,12 +141,12 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
 
 
 def plot_loss(history: list[dict]):
-    """The training and held-out loss by step, as a matplotlib figure."""
+    """The training and validation loss by step, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)

@@ -1,5 +1,7 @@
 """Files of conversations -> checked rows: one encoding a file, three formats, every row good or bad with its reason."""
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
 import codecs
 import hashlib
 import json
@@ -9,26 +11,9 @@ from pathlib import Path
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
+# >>> encoding
 class UserError(ValueError):
     """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
-
-
-def list_files(data_path: str) -> list[str]:
-    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
-    path = Path(data_path)
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
-    files = sorted(
-        str(file)
-        for file in path.rglob("*")
-        if file.suffix.lower() in (".json", ".jsonl")
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
-    )
-    if not files:
-        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
-    return files
 
 
 def detect_encoding(path: str) -> tuple[str, str]:
@@ -54,6 +39,28 @@ def detect_encoding(path: str) -> tuple[str, str]:
     raise UserError(
         f"{path}: neither UTF-8 (first bad byte at offset {first_error}) nor GB18030. Save the file as UTF-8."
     )
+
+
+# <<< encoding
+
+
+# >>> json
+def list_files(data_path: str) -> list[str]:
+    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
+    path = Path(data_path)
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
+    files = sorted(
+        str(file)
+        for file in path.rglob("*")
+        if file.suffix.lower() in (".json", ".jsonl")
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
+    )
+    if not files:
+        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
+    return files
 
 
 def read_json(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
@@ -110,6 +117,9 @@ def skip_space(text: str, position: int) -> int:
     return position
 
 
+# <<< json
+
+
 def to_messages(row: object) -> tuple[list[dict], list[str]]:
     """One row of any of the three formats as `[{"role", "content"}, ...]`, and the keys that were not used.
 
@@ -160,7 +170,7 @@ def check_messages(messages: list[dict]) -> list[dict]:
         if not message["content"].strip():
             raise UserError(f"message {number} ({role}): the text is empty")
         if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            raise UserError(f"message {number} ({role}): half a character (a \\ud... without its other half)")
+            raise UserError(f"message {number} ({role}): a lone surrogate (a \\ud... without its other half)")
         checked.append({"role": role, "content": message["content"]})
     if not any(message["role"] == "assistant" for message in checked):
         raise UserError("no assistant turn, so there is nothing to learn")

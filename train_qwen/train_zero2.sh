@@ -6,6 +6,11 @@
 #   GPUS=0,1 bash train_zero2.sh                            these GPUs only
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash train_zero2.sh      the same line on each machine
 set -euo pipefail
+# >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
+[[ -e "${DATA:-}" ]] && DATA=$(realpath "$DATA")
+[[ -d "${MODEL:-}" ]] && MODEL=$(realpath "$MODEL")
+[[ "${OUTPUT:-/}" == /* ]] || OUTPUT=$PWD/$OUTPUT
+# <<< paths
 cd "$(dirname "$0")"
 
 # >>> launch: one copy of this block stands in every launch script
@@ -18,9 +23,9 @@ if [[ $gpu_count == 0 ]]; then
 fi
 nproc=${NPROC:-$([[ $gpu_count == 0 ]] && echo 2 || echo "$gpu_count")}
 if [[ ${NNODES:-1} == 1 ]]; then
-    launch=(torchrun --nproc_per_node "$nproc" --rdzv_backend c10d --rdzv_endpoint "localhost:${MASTER_PORT:-0}")
+    launch=(python launch.py --nproc_per_node "$nproc" --rdzv_backend c10d --rdzv_endpoint "localhost:${MASTER_PORT:-0}")
 else
-    launch=(torchrun --nproc_per_node "$nproc" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+    launch=(python launch.py --nproc_per_node "$nproc" --nnodes "$NNODES" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 fi
 # <<< launch

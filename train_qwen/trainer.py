@@ -1,4 +1,6 @@
-"""The stock Trainer on rows without padding, with the loss over the supervised tokens of the global batch."""
+"""The stock Trainer on padding-free batches, with the loss over the supervised tokens of the global batch."""
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import math
 
@@ -9,35 +11,37 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from batch import BalancedBatchSampler, collate_packed, pack_best_fit
-from checkpoint import WholeCheckpoints
+from batch import BalancedBatchSampler, collate_padding_free, pack_best_fit
+from callbacks import CompleteCheckpoints
 from data import IGNORE_INDEX, column
 from layers import install_supervised_head, layers_attend_only, remember_less
 from rows import UserError
 
 
 class SFTTrainer(Trainer):
-    """The stock Trainer on rows without padding, with the loss over the supervised tokens of the global batch.
+    """The stock Trainer on padding-free batches, with the loss over the supervised tokens of the global batch.
 
-    - `get_train_dataloader`, `get_eval_dataloader`: batches dealt by tokens, one share for each rank
-    - `summed_loss`, `compute_loss`: the same loss for any number of ranks, accumulation steps and rows
-    - `evaluate`: the exact mean over all held-out supervised tokens
-    - `choose_fast_path`: keeps packed rows and the supervised head only where they give the model's own loss
+    - `get_train_dataloader`, `get_eval_dataloader`: batches assigned by tokens, one share for each rank
+    - `summed_loss`, `compute_loss`: the same loss for any number of ranks, accumulation steps and bins
+    - `evaluate`: the exact mean over all supervised tokens to validate on
+    - `choose_fast_path`: keeps padding-free batches and the supervised head only where they give the model's own loss
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
 
-    def __init__(self, *args, packing: int | None = None, pad_rows: bool = False, **kwargs):
-        """packing: tokens of a packed row, or None; pad_rows: never lay samples end to end (slower, same loss)."""
-        super().__init__(*args, data_collator=collate_packed, **kwargs)
-        self.packing, self.packed_rows, self.try_packed_rows = packing, not pad_rows, not pad_rows
+    def __init__(self, *args, packing: int | None = None, pad: bool = False, **kwargs):
+        """packing: tokens of a bin, or None; pad: padded batches (slower, same loss)."""
+        super().__init__(*args, data_collator=collate_padding_free, **kwargs)
+        self.packing, self.padding_free, self.try_padding_free = packing, not pad, not pad
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.head = install_supervised_head(self.model)
         if not self.args.gradient_checkpointing:  # which remembers less still
             remember_less(self.model, self.head)
-        self.add_callback(WholeCheckpoints(self.accelerator, self.args.save_total_limit))
-        self.args.save_total_limit = None  # the stock rotation removes the old checkpoint before the new one is whole
+        self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
+        self.args.save_total_limit = (
+            None  # the stock rotation removes the old checkpoint before the new one is complete
+        )
         self.add_callback(ChooseFastPath(self))
 
     def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
@@ -56,7 +60,7 @@ class SFTTrainer(Trainer):
         loader = DataLoader(
             dataset.select_columns(["input_ids", "labels"]),
             batch_sampler=sampler,
-            collate_fn=collate_packed,
+            collate_fn=collate_padding_free,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that opening a loader never moves the model's random numbers
@@ -75,16 +79,17 @@ class SFTTrainer(Trainer):
         return self.build_dataloader(self.eval_dataset, self.args.per_device_eval_batch_size, 1, shuffle=False)
 
     def summed_loss(self, model, inputs: dict) -> torch.Tensor:
-        """Summed cross-entropy of a batch of `collate_packed`, a scalar in fp32."""
+        """Summed cross-entropy of a batch of `collate_padding_free`, a scalar in fp32."""
         inputs = dict(inputs)
         targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
         lengths = inputs["cu_seq_lens_q"].diff().tolist()
-        if self.packed_rows:
+        if self.padding_free:
             inputs["sequence_lengths"] = lengths
         else:
             unpack = [(inputs["input_ids"], 0), (torch.ones_like(targets), 0), (targets, IGNORE_INDEX)]
             input_ids, attention_mask, targets = (
-                pad_sequence(row[0].split(lengths), batch_first=True, padding_value=padding) for row, padding in unpack
+                pad_sequence(flat[0].split(lengths), batch_first=True, padding_value=padding)
+                for flat, padding in unpack
             )
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.head is None:
@@ -106,13 +111,13 @@ class SFTTrainer(Trainer):
         return self.summed_loss(model, inputs) / num_items_in_batch * self.args.world_size
 
     def choose_fast_path(self) -> None:
-        """Compares the fast ways with the model's own loss on a few samples and drops what is not the same.
+        """Compares the fast ways with the model's own loss on a few examples and drops what is not the same.
 
         Raises:
-            UserError: rows were to be packed, and this model's samples can't be kept apart in a row.
+            UserError: --packing, and this model's examples contaminate each other in a bin.
         """
-        samples = [{"input_ids": ids[:128], "labels": ids[:128]} for ids in self.train_dataset[:3]["input_ids"]]
-        batch = self._prepare_inputs(collate_packed(samples))
+        examples = [{"input_ids": ids[:128], "labels": ids[:128]} for ids in self.train_dataset[:3]["input_ids"]]
+        batch = self._prepare_inputs(collate_padding_free(examples))
         self.model_wrapped.eval()
         model, head = self.model_wrapped, self.head
         self.own_attention = self.model.config._attn_implementation
@@ -122,33 +127,33 @@ class SFTTrainer(Trainer):
             return torch.allclose(self.summed_loss(model, batch), own_loss, rtol=1e-2 if half else 1e-4)
 
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.packed_rows, self.head = False, None
+            self.padding_free, self.head = False, None
             own_loss = self.summed_loss(model, batch)
             self.head = head
             if head is not None and not same_loss():
                 self.head = None
-            if self.try_packed_rows and layers_attend_only(self.model.config) and self.model.is_backend_compatible():
+            if self.try_padding_free and layers_attend_only(self.model.config) and self.model.is_backend_compatible():
                 try:
                     if not self.own_attention.startswith("flash"):
                         self.model.set_attn_implementation("packed_sdpa")
-                    self.packed_rows = True
-                    if not same_loss() or self.samples_see_each_other(rtol=1e-3 if half else 1e-5):
+                    self.padding_free = True
+                    if not same_loss() or self.examples_contaminate(rtol=1e-3 if half else 1e-5):
                         self.leave_fast_path()
                 except (NotImplementedError, ValueError):  # it has what SDPA lacks, or refuses another function
                     self.leave_fast_path()
-        if self.packing and not self.packed_rows:
+        if self.packing and not self.padding_free:
             raise UserError(
-                "--packing true: this model's attention can't be kept within a sample of a row; leave it out"
+                "--packing true: this model's attention can't be kept within an example of a bin; leave it out"
             )
 
-    def samples_see_each_other(self, rtol: float) -> bool:
-        """Whether the first tokens of a sample have another loss once another sample stands before them."""
+    def examples_contaminate(self, rtol: float) -> bool:
+        """Whether the first tokens of an example have another loss once another example stands before them."""
         before = self.train_dataset[0]["input_ids"][:32]
         after = self.train_dataset[-1]["input_ids"][:32]
         loss = []
         for neighbour in (before, before[::-1]):
             unsupervised = {"input_ids": neighbour, "labels": [IGNORE_INDEX] * len(neighbour)}
-            batch = collate_packed(
+            batch = collate_padding_free(
                 [unsupervised, {"input_ids": after, "labels": after[:4] + [IGNORE_INDEX] * len(after[4:])}]
             )
             loss.append(self.summed_loss(self.model_wrapped, self._prepare_inputs(batch)))
@@ -156,12 +161,12 @@ class SFTTrainer(Trainer):
 
     def leave_fast_path(self) -> None:
         """Padded batches and the model's own attention, with which it also generates."""
-        self.packed_rows = False
+        self.padding_free = False
         if self.model.config._attn_implementation != self.own_attention:
             self.model.set_attn_implementation(self.own_attention)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Loss and perplexity over all supervised tokens of the held-out rows, whatever rank holds them."""
+        """Loss and perplexity over all supervised tokens of the validation rows, whatever rank holds them."""
         self.model_wrapped.eval()
         total = torch.zeros(2, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -176,7 +181,7 @@ class SFTTrainer(Trainer):
         return metrics
 
     def evaluate_at_the_end(self) -> None:
-        """The held-out loss of the last step, unless it is known; the best checkpoint's is."""
+        """The validation loss of the last step, unless it is known; the best checkpoint's is."""
         measured = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
         step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
         if self.eval_dataset is not None and step not in measured:
@@ -198,8 +203,8 @@ class ChooseFastPath(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.choose_fast_path()
-        if state.is_world_process_zero and self.trainer.try_packed_rows and not self.trainer.packed_rows:
-            print("note        this model's attention can't be kept within a sequence of a row: padded batches")
+        if state.is_world_process_zero and self.trainer.try_padding_free and not self.trainer.padding_free:
+            print("note        this model's attention can't be kept within a sequence: padded batches")
         if state.is_world_process_zero and self.trainer.head is None:
             print("note        this model's head does more than a matrix product: logits of whole batches")
 

@@ -14,8 +14,8 @@ from cluster import ON_GPU
 from rows import UserError
 
 # What each algorithm sets where no flag says otherwise. Sources: GRPO arXiv:2402.03300, RLOO arXiv:2402.14740,
-# REINFORCE++ arXiv:2501.03262, DAPO arXiv:2503.14476 (a higher upper clip, no reference, groups without a lesson drawn
-# again).
+# REINFORCE++ arXiv:2501.03262, DAPO arXiv:2503.14476 (a higher upper clip, no reference, groups of equal rewards
+# replaced).
 CLIPPED = {"clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False}
 ALGORITHMS = {
     "grpo": {"adv_estimator": "grpo", **CLIPPED},
@@ -55,10 +55,10 @@ class DataArguments:
         default="cache_data/arithmetic/train.jsonl", metadata={"help": "A .json / .jsonl file of prompts, or a folder."}
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Held-out prompts; without it validation_split is cut off the data."}
+        default=None, metadata={"help": "Validation prompts; without it validation_split is cut off the data."}
     )
     validation_split: float | None = field(
-        default=None, metadata={"help": "Share of data_path that is held out; 0.05 unless given."}
+        default=None, metadata={"help": "Share of data_path kept for validation; 0.05 unless given."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Tokens; a longer prompt is a bad row."})
     max_response_length: int = field(
@@ -84,7 +84,7 @@ class TrainingArguments:
     train_batch_size: int = field(default=32, metadata={"help": "Prompts a step, of all processes together."})
     rollout_n: int = field(default=8, metadata={"help": "Replies to each prompt: a group."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling in training; more of it explores more."})
-    val_temperature: float = field(default=1.0, metadata={"help": "Of sampling on held-out prompts."})
+    val_temperature: float = field(default=1.0, metadata={"help": "Of sampling on validation prompts."})
     ppo_mini_batch_size: int = field(default=16, metadata={"help": "Prompts an optimizer step."})
     ppo_epochs: int = field(default=1, metadata={"help": "Times that a batch is learned from."})
     ppo_max_token_len_per_gpu: int = field(
@@ -106,12 +106,12 @@ class TrainingArguments:
     )
     max_num_gen_batches: int = field(
         default=4,
-        metadata={"help": "dapo: batches sampled for a step at most, until enough groups bring a lesson."},
+        metadata={"help": "dapo: batches sampled for a step at most, until enough groups have unequal rewards."},
     )
     recompute_log_probs: bool | None = field(
         default=None, metadata={"help": "Old log-probabilities by a forward pass, not as sampled; true under bf16."}
     )
-    val_n: int = field(default=8, metadata={"help": "Replies to each held-out prompt."})
+    val_n: int = field(default=8, metadata={"help": "Replies to each validation prompt."})
     test_freq: int = field(default=25, metadata={"help": "Steps between two evaluations."})
     save_freq: int = field(default=50, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
@@ -137,14 +137,22 @@ def fill_by_hardware(model_args: ModelArguments, args: TrainingArguments) -> Non
             setattr(args, name, ALGORITHMS[args.algorithm][name])
 
 
-def check_flags(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    """Raises UserError for a flag that can't work, or would change nothing here."""
+def refuse_flags_without_effect(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError for a flag that would change nothing here."""
     defaults = {field.name: field.default for field in [*fields(ModelArguments), *fields(TrainingArguments)]}
     for name in ("lora_r", "lora_alpha"):
         if not model_args.use_lora and getattr(model_args, name) != defaults[name]:
             raise UserError(f"--{name} has no effect without --use_lora true.")
     if not model_args.use_lora and model_args.target_modules != ["all-linear"]:
         raise UserError("--target_modules has no effect without --use_lora true.")
+    if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != defaults["max_num_gen_batches"]:
+        raise UserError(f"--max_num_gen_batches has no effect on {args.algorithm}, which draws no group again.")
+    if data_args.eval_data_path and data_args.validation_split is not None:
+        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+
+
+def check_values(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError for a flag whose value can't work."""
     if args.algorithm not in ALGORITHMS:
         raise UserError(f"--algorithm {args.algorithm}: known are {', '.join(ALGORITHMS)}.")
     counts = ["total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"]
@@ -168,19 +176,15 @@ def check_flags(model_args: ModelArguments, data_args: DataArguments, args: Trai
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
             f"{args.ppo_mini_batch_size}, so the last optimizer step of a batch would be smaller."
         )
-    if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != defaults["max_num_gen_batches"]:
-        raise UserError(f"--max_num_gen_batches has no effect on {args.algorithm}, which draws no group again.")
-    if data_args.eval_data_path and data_args.validation_split is not None:
-        raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
     if data_args.validation_split is not None and not 0 < data_args.validation_split < 1:
         raise UserError(f"--validation_split {data_args.validation_split}: a share between 0 and 1.")
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raises UserError where a batch can't be dealt out evenly."""
+    """Raises UserError where a batch can't be split evenly."""
     for name in ("train_batch_size", "ppo_mini_batch_size"):
         if getattr(args, name) % args.nproc:
-            raise UserError(f"--{name} {getattr(args, name)} can't be dealt to {args.nproc} processes evenly.")
+            raise UserError(f"--{name} {getattr(args, name)} can't be split over {args.nproc} processes evenly.")
 
 
 def read_yaml_flags(path: str) -> list[str]:
@@ -191,7 +195,7 @@ def read_yaml_flags(path: str) -> list[str]:
     return words
 
 
-def read_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Flags, or a YAML file of them.
 
     Raises:
@@ -205,7 +209,8 @@ def read_flags() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
         model_args, data_args, args = parser.parse_args_into_dataclasses(words)
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(str(error)) from None
-    check_flags(model_args, data_args, args)
+    check_values(data_args, args)
+    refuse_flags_without_effect(model_args, data_args, args)
     fill_by_hardware(model_args, args)
     check_processes(args)
     model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")

@@ -1,4 +1,6 @@
-"""One run in one folder: nobody else writes there, only whole checkpoints count, and only the same run goes on."""
+"""One run in one folder: nobody else writes there, only complete checkpoints count, and only the same run goes on."""
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import fcntl
 import hashlib
@@ -48,7 +50,7 @@ def list_file_sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether the save came to its end and every file still has the size that it had then."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -65,8 +67,12 @@ def write_through(path: Path) -> None:
     os.close(descriptor)
 
 
-def seal_checkpoint(checkpoint: Path, save_total_limit: int) -> None:
-    """Writes the manifest of a checkpoint that all processes have finished; then the oldest ones may go."""
+def seal_checkpoint(checkpoint: Path, save_total_limit: int | None, best: Path | None = None) -> None:
+    """Writes the manifest of a checkpoint that all processes have finished; then the oldest ones may go.
+
+    Args:
+        save_total_limit: checkpoints that are kept, this one and `best` among them; None for all.
+    """
     sizes = list_file_sizes(checkpoint)
     for name in sizes:
         write_through(checkpoint / name)
@@ -75,7 +81,9 @@ def seal_checkpoint(checkpoint: Path, save_total_limit: int) -> None:
     write_through(unfinished)
     os.replace(unfinished, checkpoint / MANIFEST)
     write_through(checkpoint)
-    for old in list_checkpoints(checkpoint.parent)[save_total_limit:]:
+    kept = {checkpoint, best or checkpoint}
+    others = [old for old in list_checkpoints(checkpoint.parent) if old not in kept]
+    for old in others[max(0, save_total_limit - len(kept)) :] if save_total_limit else []:
         shutil.rmtree(old)
 
 
@@ -98,9 +106,9 @@ def hash_model_files(folder: str) -> str:
 
 
 def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | None, bool, list[str]]:
-    """The newest whole checkpoint of this run, whether the run has come to its end, and what there is to say.
+    """The newest complete checkpoint of this run, whether the run has come to its end, and what there is to say.
 
-    Torn checkpoints after it are renamed, since Transformers takes each folder of that name for a good one.
+    Incomplete checkpoints after it are renamed, since Transformers takes each folder of that name for a good one.
 
     Args:
         run: what makes the run itself (model, data, adapters, batch, schedule); kept in the folder as run.json.
@@ -135,10 +143,12 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         write_through(unfinished)
         os.replace(unfinished, run_file)
     for checkpoint in checkpoints:
-        if is_whole(checkpoint):
+        if is_complete(checkpoint):
             return str(checkpoint), False, [*messages, f"resuming from {checkpoint}"]
-        torn = checkpoint.with_name(f"torn-{checkpoint.name}")
-        messages.append(f"{checkpoint} is torn (its save never ended): now {torn.name}, going back to the one before")
-        shutil.rmtree(torn, ignore_errors=True)
-        checkpoint.rename(torn)
+        aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+        messages.append(
+            f"{checkpoint} is incomplete (its save never ended): now {aside.name}; going back to the one before"
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
     return None, False, messages

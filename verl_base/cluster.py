@@ -46,7 +46,7 @@ from rows import UserError  # noqa: E402
 
 @contextlib.contextmanager
 def local_cluster(processes: int, output_dir: str | Path):
-    """A Ray of this process's own, with room for so many workers; it ends with the block, however that is left.
+    """A Ray of this process's own, for so many workers; it ends with the block, however that is left.
 
     Listens on 127.0.0.1, has no dashboard, and writes its logs to `output_dir`/ray, which go when all went well.
 

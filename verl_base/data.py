@@ -10,7 +10,7 @@ import numpy as np
 
 from rows import UserError, check_prompt, detect_encoding, list_files, read_json
 
-HELD_OUT = "held_out.jsonl"  # in a run's output folder: what it is measured on
+VALIDATION = "validation.jsonl"  # in a run's output folder: what it is measured on
 
 
 @dataclass
@@ -72,7 +72,7 @@ def load_prompts(data_path: str, tokenizer, max_prompt_length: int, bad_rows_fil
 
 
 def load_split(data_args, tokenizer, seed: int, output_dir: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and held-out ones; a training prompt that is held out as well is left out, and counted.
+    """Prompts to learn from, and validation prompts; one that is among both is not learned from, and counted.
 
     Raises:
         UserError: see `load_prompts`; or nothing is left to learn from.
@@ -82,18 +82,22 @@ def load_split(data_args, tokenizer, seed: int, output_dir: str) -> tuple[list[P
         bad_rows_file.unlink(missing_ok=True)
     prompts = load_prompts(data_args.data_path, tokenizer, data_args.max_prompt_length, bad_rows_file)
     if data_args.eval_data_path:
-        held_out = load_prompts(data_args.eval_data_path, tokenizer, data_args.max_prompt_length, bad_rows_file)
+        validation = load_prompts(data_args.eval_data_path, tokenizer, data_args.max_prompt_length, bad_rows_file)
     else:
         order = np.random.default_rng(seed).permutation(len(prompts))
         share = 0.05 if data_args.validation_split is None else data_args.validation_split
-        held_out = [prompts[row] for row in order[: max(1, round(share * len(prompts)))]]
-    seen = {tuple(prompt.input_ids) for prompt in held_out}
+        validation = [prompts[row] for row in order[: max(1, round(share * len(prompts)))]]
+    seen = {tuple(prompt.input_ids) for prompt in validation}
     kept = [prompt for prompt in prompts if tuple(prompt.input_ids) not in seen]
     if not kept:
-        raise UserError(f"{data_args.data_path}: every prompt of it is held out too, so there is none to learn from.")
+        raise UserError(
+            f"{data_args.data_path}: every prompt of it is a validation prompt too, so none is left to learn from."
+        )
     if data_args.eval_data_path and len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept)} prompts of {data_args.data_path} are held out, too: not learned from")
-    return kept, held_out
+        print(
+            f"{len(prompts) - len(kept)} prompts of {data_args.data_path} are validation prompts, too: not learned from"
+        )
+    return kept, validation
 
 
 def check_groups(prompts: list[Prompt], data_args, args) -> None:

@@ -1,10 +1,16 @@
-"""The page: one question to the model before and after training, several samples of each, with their rewards."""
+"""A page for one question to the model before and after training: several samples of each, with their rewards.
+
+python demo.py output                      http://127.0.0.1:7860, this machine only
+python demo.py output --port 7861          on another port
+"""
+
+import argparse
 
 import gradio as gr
 import pandas as pd
 
 from data import Prompt
-from infer import sample_scored
+from infer import load_run, sample_scored
 from rows import UserError
 
 QUESTIONS = [["三十七加二十五等于几？", "六十二"], ["九十二减四十八等于几？", "四十四"], ["五加八等于几？", "十三"]]
@@ -18,7 +24,7 @@ def as_table(rows: list[dict]) -> tuple[pd.DataFrame, str]:
     return table, f"{len(rows)} 条回复{right}，平均得分 {table['得分'].mean():.2f}"
 
 
-def build_comparison(before, after, reward_function, max_new_tokens: int, title: str = "强化学习前后对比"):
+def build_demo(before, after, reward_function, max_new_tokens: int, title: str = "强化学习前后对比"):
     """The Gradio page.
 
     Args:
@@ -76,3 +82,22 @@ def build_comparison(before, after, reward_function, max_new_tokens: int, title:
         stop.click(None, cancels=[running])
         clear.add([question, ground_truth, *outputs])
     return demo
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the output folder of a run")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
+    args = parser.parse_args(argv)
+    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function)
+    demo = build_demo(models["before"], models["after"], reward_function, max_new_tokens)
+    demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,6 +1,6 @@
 """Asks a trained policy, and the model that it was trained from, several times, and shows what each reply would earn.
 
-python infer.py output                                            the questions of the held-out file, before and after
+python infer.py output                                            the validation questions, before and after
 python infer.py output --question 三十七加二十五等于几？ --ground_truth 六十二 --n 8
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data import HELD_OUT, Prompt, load_prompts
+from data import VALIDATION, Prompt, load_prompts
 from judge import call_reward_function, load_reward_function
 from model import find_end_of_turn
 from rows import UserError
@@ -20,7 +20,7 @@ from rows import UserError
 MAX_PROMPT_LENGTH = 4096  # tokens
 
 
-def load_policy(path: str, trust_remote_code: bool = False, device: str | None = None):
+def load_trained_model(path: str, trust_remote_code: bool = False, device: str | None = None):
     """Model and tokenizer of a folder or hub id; a folder with a LoRA adapter gets its base model under it.
 
     Raises:
@@ -51,6 +51,25 @@ def read_results(path: str) -> dict:
     if not results.is_file():
         raise UserError(f"{path}: no train_results.json there, so no run of train.py has come to its end in it.")
     return json.loads(results.read_text("utf-8"))
+
+
+def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, tuple], object, int]:
+    """What the page and the command line ask.
+
+    Args:
+        path: the output folder of a run.
+        reward_function: file.py:function; the run's own unless given.
+
+    Returns:
+        Model and tokenizer `before` and `after` the training, the reward function, tokens of the longest reply.
+
+    Raises:
+        UserError: no run has come to its end there, or its model or reward function is gone.
+    """
+    results = read_results(path)
+    judge, trust = load_reward_function(reward_function or results["reward_function"]), results["trust_remote_code"]
+    models = {"before": load_trained_model(results["model"], trust), "after": load_trained_model(path, trust)}
+    return models, judge, results["max_response_length"]
 
 
 @torch.no_grad()
@@ -86,31 +105,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", help="one question; without it those of --file are asked")
     parser.add_argument("--ground_truth", default="", help="its right answer")
     parser.add_argument("--data_source", default="arithmetic", help="which rule of rewards.py judges it")
-    parser.add_argument("--file", help="prompts as train.py reads them; the run's held-out ones unless given")
+    parser.add_argument("--file", help="prompts as train.py reads them; the run's validation prompts unless given")
     parser.add_argument("--first", type=int, default=5, help="so many of the file's prompts")
     parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
     parser.add_argument("--n", type=int, default=8, help="replies to each")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--demo", action="store_true", help="open the page instead")
     args = parser.parse_args(argv)
-    results = read_results(args.model)
-    reward_function = load_reward_function(args.reward_function or results["reward_function"])
-    trust, max_new_tokens = results["trust_remote_code"], results["max_response_length"]
-    policies = {"before": load_policy(results["model"], trust), "after": load_policy(args.model, trust)}
-    if args.demo:
-        from demo import build_comparison
-
-        build_comparison(policies["before"], policies["after"], reward_function, max_new_tokens).launch()
-        return
+    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function)
     if args.question:
         messages = [{"role": "user", "content": args.question}]
         prompts = [Prompt(messages, args.ground_truth, args.data_source, source="--question")]
     else:
-        file = args.file or str(Path(args.model, HELD_OUT))
-        prompts = load_prompts(file, policies["after"][1], MAX_PROMPT_LENGTH, None)
+        file = args.file or str(Path(args.model, VALIDATION))
+        prompts = load_prompts(file, models["after"][1], MAX_PROMPT_LENGTH, None)
     for prompt in prompts[: args.first]:
         print(f"\n{prompt.messages[-1]['content']}  [{prompt.ground_truth}]")
-        for name, (model, tokenizer) in policies.items():
+        for name, (model, tokenizer) in models.items():
             rows = sample_scored(model, tokenizer, prompt, reward_function, max_new_tokens, args.n, args.temperature)
             mean = sum(row["score"] for row in rows) / len(rows)
             print(f"  {name}: mean score {mean:.2f}")

@@ -2,7 +2,7 @@
 
 log_probs_of_labels  one call for all tokens
 grouped_sdpa         query heads share keys and values without a copy
-RoomyLayer           a cache to which a token is added without a copy of those before it
+PreallocatedLayer    a cache to which a token is added without a copy of those before it
 SampledTokens        sampling by one random number a token instead of one for each word of the vocabulary
 """
 
@@ -55,23 +55,26 @@ def grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling
 AttentionInterface.register("sdpa", grouped_sdpa)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values [rows, key heads, length, head size] of a layer, in buffers with room for what comes next.
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [rows, key heads, length, head size] of a layer, in buffers with capacity for what comes next.
 
     DynamicLayer would copy all of them for every new token.
 
     Args:
         layer: what it starts with.
-        room: tokens that can be added before rows are selected again.
+        capacity: tokens that can be added before rows are selected again.
     """
 
-    def __init__(self, layer: DynamicLayer, room: int):
+    def __init__(self, layer: DynamicLayer, capacity: int):
         super().__init__()
-        self.keys, self.values, self.is_initialized, self.room = layer.keys, layer.values, True, room
-        self.make_room()
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+        self.capacity = capacity
+        self.allocate()
 
-    def make_room(self) -> None:
-        self.buffers = [torch.nn.functional.pad(states, (0, 0, 0, self.room)) for states in (self.keys, self.values)]
+    def allocate(self) -> None:
+        self.buffers = [
+            torch.nn.functional.pad(states, (0, 0, 0, self.capacity)) for states in (self.keys, self.values)
+        ]
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
@@ -82,7 +85,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices) -> None:
         super().batch_select_indices(indices)
-        self.make_room()
+        self.allocate()
 
 
 class SampledTokens(LogitsProcessor):

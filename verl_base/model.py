@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoTokenizer
 from rows import UserError
 
 
-def load_policy_tokenizer(model_args):
+def load_tokenizer(model_args):
     """The model's tokenizer; its EOS is what ends an assistant's turn, or replies would never end.
 
     Raises:

@@ -26,7 +26,7 @@ def make_arithmetic() -> dict[str, list[tuple[str, str, str]]]:
 def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
     """Sayings of which the first half has one second half only.
 
-    What is measured is memory, so all files share the sayings: the held-out questions ask for them in words in which
+    What is measured is memory, so all files share the sayings: the validation questions ask for them in words in which
     they were never asked for in training.
     """
     package = find_spec("jionlp")  # found, not imported: what it imports isn't needed here
@@ -46,7 +46,7 @@ def make_xiehouyu(sayings: int = 512) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def write_task(task: str, folder: Path) -> None:
-    """The three files of a task, written afresh each time; a file is there as a whole or not at all."""
+    """The three files of a task, written afresh each time; a file is there completely or not at all."""
     problems = {"arithmetic": make_arithmetic, "xiehouyu": make_xiehouyu}[task]()
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in problems.items():

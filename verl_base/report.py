@@ -1,4 +1,4 @@
-"""What a run says: the first screen, a line a step, replies at intervals, train_results.json and reward.png."""
+"""What a run says: its summary, a line a step, replies at intervals, train_results.json and reward.png."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rollout import Judged
 SHOWN = ("reward", "acc", "format", "reply_length", "kl", "entropy", "grad_norm", "equal_groups", "replies_per_second")
 
 
-def print_run_screen(model_name: str, prompts: list, held_out: list, tokenizer, args, messages) -> None:
+def print_run_summary(model_name: str, prompts: list, validation: list, tokenizer, args, messages) -> None:
     """What is about to happen, and the first prompt as the model will see it."""
     first = prompts[0]
     devices = f"{args.nproc} {'GPUs' if ON_GPU else 'CPU processes'}, {'bf16' if args.bf16 else 'fp32'}, FSDP2"
@@ -19,7 +19,7 @@ def print_run_screen(model_name: str, prompts: list, held_out: list, tokenizer, 
         *messages,
         f"model           {model_name}",
         f"algorithm       {args.algorithm}; clip {args.clip_ratio_low} / {args.clip_ratio_high}; {kl}",
-        f"prompts         {len(prompts):,} to learn from, {len(held_out):,} held out",
+        f"prompts         {len(prompts):,} to learn from, {len(validation):,} for validation",
         f"a step          {args.train_batch_size} prompts x {args.rollout_n} replies, {updates} updates",
         f"steps           {args.total_training_steps}, learning rate {args.learning_rate}",
         f"devices         {devices}",
@@ -37,8 +37,8 @@ def print_step(metrics: dict, total_steps: int) -> None:
 
 
 def report_evaluation(step: int, scores: dict, judged: Judged, samples_file: Path, shown: int = 3) -> None:
-    """Prints held-out figures and a few replies, so that a reward that is gamed is seen; the file gets more of them."""
-    print(f"held out after step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    """Prints validation figures and a few replies, so that a reward that is gamed is seen; the file gets more of them."""
+    print(f"validation after step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     n = len(judged.replies) // len(judged.prompts)
     with samples_file.open("a", encoding="utf-8") as file:
         for number, prompt in enumerate(judged.prompts[:32]):
@@ -51,7 +51,7 @@ def report_evaluation(step: int, scores: dict, judged: Judged, samples_file: Pat
 
 
 def plot_reward(history: list[dict]):
-    """Four pictures of a run: reward and held-out accuracy, distance and entropy, lengths, groups without a lesson."""
+    """Four pictures of a run: reward and validation accuracy, KL and entropy, lengths, groups of equal rewards."""
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "reward" in row]
@@ -65,7 +65,7 @@ def plot_reward(history: list[dict]):
 
     draw(reward, steps, "reward", color="0.7", label="reward, training")
     for name in passes:
-        draw(reward, evaluations, name, marker="o", label=f"{name}, held out")
+        draw(reward, evaluations, name, marker="o", label=f"{name}, validation")
     draw(distance, steps, "kl", label="KL to the reference")
     draw(distance, steps, "entropy", label="entropy, nats a token")
     draw(length, steps, "reply_length", label="tokens a reply")
@@ -77,7 +77,7 @@ def plot_reward(history: list[dict]):
     return figure
 
 
-def save_rl_report(output_dir: str, history: list[dict], results: dict) -> None:
+def save_report(output_dir: str, history: list[dict], results: dict) -> None:
     """history.jsonl, reward.png and train_results.json; the latter last, since it says that the run came to its end."""
     rows = "".join(json.dumps(row) + "\n" for row in history)
     Path(output_dir, "history.jsonl").write_text(rows, "utf-8")

@@ -170,7 +170,7 @@ def sample(policy, prompts: list[Prompt], pad_token_id: int, n: int, temperature
 
 
 def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_args, args):
-    """Held-out prompts, `val_n` replies each: pass@1 is the mean of `acc`, pass@n whether one of the n is right.
+    """Validation prompts, `val_n` replies each: pass@1 is the mean of `acc`, pass@n whether one of the n is right.
 
     Returns:
         These figures by name, and what they were made of (Judged).

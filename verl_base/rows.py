@@ -7,26 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+# >>> encoding
 class UserError(ValueError):
     """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
-
-
-def list_files(data_path: str) -> list[str]:
-    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
-    path = Path(data_path)
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
-    files = sorted(
-        str(file)
-        for file in path.rglob("*")
-        if file.suffix.lower() in (".json", ".jsonl")
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
-    )
-    if not files:
-        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
-    return files
 
 
 def detect_encoding(path: str) -> tuple[str, str]:
@@ -52,6 +35,28 @@ def detect_encoding(path: str) -> tuple[str, str]:
     raise UserError(
         f"{path}: neither UTF-8 (first bad byte at offset {first_error}) nor GB18030. Save the file as UTF-8."
     )
+
+
+# <<< encoding
+
+
+# >>> json
+def list_files(data_path: str) -> list[str]:
+    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
+    path = Path(data_path)
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
+    files = sorted(
+        str(file)
+        for file in path.rglob("*")
+        if file.suffix.lower() in (".json", ".jsonl")
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
+    )
+    if not files:
+        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
+    return files
 
 
 def read_json(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
@@ -106,6 +111,9 @@ def skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
+
+
+# <<< json
 
 
 def check_prompt(row: object) -> tuple[list[dict], object, str]:

@@ -116,7 +116,7 @@ def build_untuned(rows: list[dict], seed: int):
     return Qwen2ForCausalLM(config), tokenizer
 
 
-def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
+def build_tiny_model(sft_path: Path, seed: int, folder: Path) -> None:
     """Saves the tokenizer and the tuned model of a task's sft.jsonl."""
     rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
     model, tokenizer = build_untuned(rows, seed)
@@ -128,7 +128,7 @@ def build_tiny_policy(sft_path: Path, seed: int, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def tiny_policy_folder(data_path: str, seed: int) -> str:
+def tiny_model_folder(data_path: str, seed: int) -> str:
     """Folder of the tiny model for the sft.jsonl beside `data_path`, built where it isn't there yet.
 
     Raises:
@@ -142,5 +142,5 @@ def tiny_policy_folder(data_path: str, seed: int) -> str:
     CACHE_DIR.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "tokenizer_config.json").exists():
-            build_tiny_policy(sft_path, seed, folder)
+            build_tiny_model(sft_path, seed, folder)
     return str(folder)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import ALGORITHMS, read_flags
+from arguments import ALGORITHMS, parse_arguments
 from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, seal_checkpoint, step_of
 from cluster import local_cluster, ray  # it says to verl and Ray where they are
-from data import HELD_OUT, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
+from data import VALIDATION, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
 from engines import compute_log_probs, start_workers, update_policy
 from judge import load_reward_function
-from model import load_policy_tokenizer
-from report import print_run_screen, print_step, report_evaluation, save_rl_report
+from model import load_tokenizer
+from report import print_run_summary, print_step, report_evaluation, save_report
 from rollout import (
     add_advantages,
     evaluate,
@@ -31,10 +31,10 @@ from rollout import (
     select_groups,
 )
 from rows import UserError
-from tiny import tiny_policy_folder
+from tiny import tiny_model_folder
 
 
-def identify_run(model_args, data_args, args, prompts: list, held_out: list) -> dict:
+def describe_run(model_args, data_args, args, prompts: list, validation: list) -> dict:
     """What must be the same for a checkpoint to be continued exactly."""
     settings = dataclasses.asdict(args) | dataclasses.asdict(model_args)
     for name in ("output_dir", "overwrite_output_dir", "logging_steps", "save_freq", "save_total_limit"):
@@ -43,7 +43,7 @@ def identify_run(model_args, data_args, args, prompts: list, held_out: list) -> 
     settings["reward_function"] = data_args.reward_function
     settings["its file"] = hashlib.sha256(Path(data_args.reward_function.rpartition(":")[0]).read_bytes()).hexdigest()
     settings["max_response_length"] = data_args.max_response_length
-    settings["prompts"] = hash_prompts(prompts + held_out)
+    settings["prompts"] = hash_prompts(prompts + validation)
     return json.loads(json.dumps(settings))
 
 
@@ -62,9 +62,9 @@ def collect_step(policy, prompts: list, draw: int, tokenizer, reward_function, d
         draw += 1
         if not ALGORITHMS[args.algorithm]["filter_groups"]:
             return rollout, judged, draw
-        without_lesson = find_equal_groups(judged)
-        unequal.append(select_groups(rollout, judged, np.flatnonzero(~without_lesson)))
-        equal.append(select_groups(rollout, judged, np.flatnonzero(without_lesson)))
+        zero_variance = find_equal_groups(judged)
+        unequal.append(select_groups(rollout, judged, np.flatnonzero(~zero_variance)))
+        equal.append(select_groups(rollout, judged, np.flatnonzero(zero_variance)))
         found = sum(len(judged.prompts) for _, judged in unequal)
         if found >= args.train_batch_size or len(unequal) == args.max_num_gen_batches:
             rollout, judged = join_rollouts([pair for pair in unequal + equal if pair[1].prompts])
@@ -91,14 +91,14 @@ def take_step(policy, reference, rollout, judged, args) -> dict[str, float]:
     return metrics
 
 
-def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags) -> list[dict]:
+def run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags) -> list[dict]:
     """All steps from the checkpoint on, or from the first; returns the history of the whole run."""
     _, data_args, args = flags
     output = Path(args.output_dir)
     history, draw = [], 0
 
     def measure(step: int) -> None:
-        scores, judged = evaluate(policy, held_out, tokenizer, reward_function, data_args, args)
+        scores, judged = evaluate(policy, validation, tokenizer, reward_function, data_args, args)
         history.append({"step": step, **scores})
         report_evaluation(step, scores, judged, output / "samples.jsonl")
 
@@ -129,7 +129,7 @@ def run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, 
 
 
 def summarise(history: list[dict], model_args, data_args, started: float) -> dict:
-    """train_results.json: held out before and after, and what it took."""
+    """train_results.json: validation before and after, and what it took."""
     evaluations = [row for row in history if "pass@1" in row]
     steps = [row for row in history if "reward" in row]
     return {
@@ -151,27 +151,27 @@ def summarise(history: list[dict], model_args, data_args, started: float) -> dic
 
 def main():
     started = time.perf_counter()
-    flags = model_args, data_args, args = read_flags()
+    flags = model_args, data_args, args = parse_arguments()
     lock = lock_output_dir(args.output_dir)
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
-        model_args.model_name_or_path = tiny_policy_folder(data_args.data_path, args.seed)
-    tokenizer = load_policy_tokenizer(model_args)
+        model_args.model_name_or_path = tiny_model_folder(data_args.data_path, args.seed)
+    tokenizer = load_tokenizer(model_args)
     reward_function = load_reward_function(data_args.reward_function)
-    prompts, held_out = load_split(data_args, tokenizer, args.seed, args.output_dir)
+    prompts, validation = load_split(data_args, tokenizer, args.seed, args.output_dir)
     check_groups(prompts, data_args, args)
-    run = identify_run(model_args, data_args, args, prompts, held_out)
+    run = describe_run(model_args, data_args, args, prompts, validation)
     checkpoint, finished, messages = find_checkpoint(args.output_dir, run, args.overwrite_output_dir)
     if finished:
         return print(*messages)
-    save_prompts(held_out, Path(args.output_dir, HELD_OUT))
-    print_run_screen(model_name, prompts, held_out, tokenizer, args, messages)
+    save_prompts(validation, Path(args.output_dir, VALIDATION))
+    print_run_summary(model_name, prompts, validation, tokenizer, args, messages)
     with local_cluster(args.nproc, args.output_dir) as pool:
         policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
-        history = run_steps(policy, reference, prompts, held_out, tokenizer, reward_function, checkpoint, flags)
+        history = run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags)
         policy.save_model(args.output_dir)
     results = summarise(history, model_args, data_args, started)
-    save_rl_report(args.output_dir, history, results)
+    save_report(args.output_dir, history, results)
     print(json.dumps(results, indent=2))
     lock.close()
 

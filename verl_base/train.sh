@@ -7,6 +7,11 @@
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct DATA=my_prompts.jsonl bash train.sh --reward_function my_rewards.py:score
 #   GPUS=0,1 bash train.sh                                  on these GPUs
 set -euo pipefail
+# >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
+[[ -e "${DATA:-}" ]] && DATA=$(realpath "$DATA")
+[[ -d "${MODEL:-}" ]] && MODEL=$(realpath "$MODEL")
+[[ "${OUTPUT:-/}" == /* ]] || OUTPUT=$PWD/$OUTPUT
+# <<< paths
 cd "$(dirname "$0")"
 [[ -n "${GPUS:-}" ]] && export CUDA_VISIBLE_DEVICES=$GPUS
 

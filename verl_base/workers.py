@@ -11,11 +11,11 @@ from verl.utils.fsdp_utils import get_fsdp_full_state_dict
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from layers import RoomyLayer, SampledTokens
+from layers import PreallocatedLayer, SampledTokens
 from shared_prompt import read_prompts, unsharded  # and with it, the engine is registered
 
 STRETCH = 16  # tokens between two looks at which replies are finished
-ROOM = 8  # times the tokens of a training pass that are sampled at once, since sampling keeps no activations
+SAMPLED_AT_ONCE = 8  # times the tokens of a training pass that are sampled at once, since sampling keeps no activations
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def sample_replies(model, input_ids, attention_mask, n: int, reply_length: int, 
     cache.batch_repeat_interleave(n)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[number] = RoomyLayer(layer, STRETCH)
+            cache.layers[number] = PreallocatedLayer(layer, STRETCH)
     sequences, mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
     temperature = torch.as_tensor(temperature, device=sequences.device).expand(len(sequences), 1)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -99,7 +99,7 @@ class PolicyWorker(TrainingWorker):
         prompts = prompts.to(self.engine.module.device)
         ids, mask = prompts.batch["input_ids"], prompts.batch["attention_mask"]
         tokens = n * (ids.shape[1] + self.reply_length)
-        at_once = max(1, ROOM * self.engine_config.infer_max_token_len_per_gpu // tokens)
+        at_once = max(1, SAMPLED_AT_ONCE * self.engine_config.infer_max_token_len_per_gpu // tokens)
         with self.engine.eval_mode(), unsharded(self.engine.module):
             parts = [
                 sample_replies(self.engine.module, *part, n, self.reply_length, self.tokenizer, temperature)

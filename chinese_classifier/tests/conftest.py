@@ -1,10 +1,8 @@
-"""Runs of train.py, in this process or by torchrun, on a tiny encoder and a small table."""
+"""Tiny encoders and small tables of reviews."""
 
 import csv
-import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,11 +83,11 @@ def classifier_folder(bert_config, tokenizer, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def ngram_folder(tmp_path_factory) -> str:
     """The embedded default, built from 200 reviews but not trained: its n-grams know good and bad ones."""
-    from tiny import build_tiny_classifier
+    from tiny import build_tiny_model
 
     texts, labels = zip(*make_reviews(200), strict=True)
     folder = str(tmp_path_factory.mktemp("ngrams"))
-    build_tiny_classifier(list(texts), list(labels), {0: "差评", 1: "好评"}, folder)
+    build_tiny_model(list(texts), list(labels), {0: "差评", 1: "好评"}, folder)
     return folder
 
 
@@ -100,45 +98,6 @@ def review_table(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session", name="eval_file")
-def held_out_table(tmp_path_factory) -> str:
-    """A single held-out row, so that a second rank has none."""
+def validation_table(tmp_path_factory) -> str:
+    """A single validation row, so that a second rank has none."""
     return write_table(tmp_path_factory.mktemp("data") / "eval.csv", make_reviews(1, seed=1))
-
-
-def read_history(output_dir) -> list[dict]:
-    return json.loads(Path(output_dir, "trainer_state.json").read_text())["log_history"]
-
-
-def losses(output_dir, key: str = "loss") -> list[float]:
-    return [entry[key] for entry in read_history(output_dir) if key in entry]
-
-
-def train_here(monkeypatch, *flags) -> None:
-    """train.main() in this process on the CPU; Accelerate's process-wide state is taken down afterwards."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    import train
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--use_cpu", "true", *map(str, flags)])
-    try:
-        train.main()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
-def train_command(*flags, processes: int = 1) -> list[str]:
-    launch = [sys.executable]
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return [*launch, "train.py", "--use_cpu", "true", *map(str, flags)]
-
-
-def run_train(*flags, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """train.py in processes of its own."""
-    result = subprocess.run(
-        train_command(*flags, processes=processes), cwd=RECIPE, capture_output=True, text=True, timeout=180
-    )
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result

@@ -12,7 +12,7 @@ import uvicorn
 
 import app
 from conftest import make_reviews
-from infer import load_trained, predict_probabilities
+from infer import load_trained_model, predict_probabilities
 from rows import UserError
 
 KEY = "sk-test-123"
@@ -21,7 +21,7 @@ TEXTS = [text for text, _ in make_reviews(12, seed=3)]
 
 @pytest.fixture(scope="module")
 def loaded(classifier_folder):
-    return load_trained(classifier_folder)
+    return load_trained_model(classifier_folder)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def serve(application):
 
 @pytest.fixture(scope="module")
 def server(loaded):
-    application = app.create_classifier_app(
+    application = app.create_app(
         *loaded, "tiny", KEY, max_texts=20, max_characters=100, max_queue=2, max_body_bytes=20_000
     )
     with serve(application) as address:

@@ -1,4 +1,4 @@
-"""Rows are dealt by tokens: each once, hardly any padding, the same steps however many ranks there are."""
+"""Examples are assigned by tokens: each once, hardly any padding, the same steps however many ranks there are."""
 
 import numpy as np
 import pytest

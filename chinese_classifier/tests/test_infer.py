@@ -13,7 +13,7 @@ from infer import (
     classify_table,
     cut_into_batches,
     explain,
-    load_trained,
+    load_trained_model,
     predict_probabilities,
     rank_classes,
     read_texts,
@@ -25,7 +25,7 @@ TEXTS = [text for text, _ in make_reviews(40, seed=3)]
 
 @pytest.fixture(scope="module")
 def loaded(ngram_folder):
-    return load_trained(ngram_folder)
+    return load_trained_model(ngram_folder)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
@@ -77,7 +77,7 @@ def test_files_from_excel_are_classified(encoding, delimiter, loaded, tmp_path, 
     rows = ["编号,评论,星级", *(f"{number},{text},{label}" for number, (text, label) in enumerate(make_reviews(20)))]
     file, output = tmp_path / "a.csv", tmp_path / "out.csv"
     file.write_bytes("\r\n".join(rows).replace(",", delimiter).encode(encoding))
-    monkeypatch.setattr(infer, "load_trained", lambda *args: loaded)
+    monkeypatch.setattr(infer, "load_trained_model", lambda *args: loaded)
     flags = ["--file", file, "--output", output, "--text_column", "评论", "--label_column", "星级"]
     infer.main(["model", *map(str, flags)])
     written = pd.read_csv(output)
@@ -104,14 +104,14 @@ def test_files_from_excel_are_classified(encoding, delimiter, loaded, tmp_path, 
 )
 def test_tables_that_cannot_be_read_are_named(content, reason, loaded, tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text(content)
-    monkeypatch.setattr(infer, "load_trained", lambda *args: loaded)
+    monkeypatch.setattr(infer, "load_trained_model", lambda *args: loaded)
     with pytest.raises(SystemExit, match=reason):
         infer.main(["model", "--file", str(tmp_path / "a.csv"), "--output", str(tmp_path / "out.csv")])
 
 
 def test_labels_are_compared_as_training_reads_them(loaded, tmp_path, capsys, monkeypatch):
     model, tokenizer = loaded
-    monkeypatch.setattr(infer, "load_trained", lambda *args: (model, tokenizer))
+    monkeypatch.setattr(infer, "load_trained_model", lambda *args: (model, tokenizer))
     monkeypatch.setattr(model.config, "id2label", {0: "0", 1: "1"})
     rows = [(text, {"好评": "1.0", "差评": " 0"}[label]) for text, label in make_reviews(20)]
     path = write_table(tmp_path / "a.csv", [*rows, ("", "1")], header=("text", " label"))
@@ -135,7 +135,7 @@ def test_large_tables_are_tokenised_in_parts(loaded, monkeypatch):
 
 
 def test_one_text_on_the_command_line(loaded, capsys, monkeypatch):
-    monkeypatch.setattr(infer, "load_trained", lambda *args: loaded)
+    monkeypatch.setattr(infer, "load_trained_model", lambda *args: loaded)
     infer.main(["model", "--text", "天地欢喜"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[:2]] == ["好评", "差评"] and "欢喜 +" in lines[2]
@@ -145,10 +145,10 @@ def test_one_text_on_the_command_line(loaded, capsys, monkeypatch):
 
 def test_models_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
-        load_trained(str(tmp_path / "nothing"))
+        load_trained_model(str(tmp_path / "nothing"))
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="its checkpoints: .*checkpoint-3"):
-        load_trained(str(tmp_path))
+        load_trained_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no model could be read there"):
-        load_trained(str(tmp_path))
+        load_trained_model(str(tmp_path))

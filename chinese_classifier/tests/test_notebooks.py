@@ -41,7 +41,7 @@ def test_reviews_are_split_without_copies(outputs):
     assert re.search(r"地名 +31302", text), "the word lists are missing"
 
 
-def test_training_beats_the_baseline_on_the_held_out_rows(outputs):
+def test_training_beats_the_baseline_on_validation_and_test_rows(outputs):
     text = outputs["code02_trainmodel"]
     baseline, own = map(float, re.search(r"两者合起来 +([\d.]+) +([\d.]+)", text).groups())
     assert 0.82 < baseline < own

@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
+import gradio as gr
 import pandas as pd
 import pytest
 
 from conftest import make_reviews, write_table
-from demo import build_classifier_demo, scale_words
-from infer import load_trained
+from demo import main, scale_words
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -22,10 +23,21 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def address(ngram_folder):
-    page = build_classifier_demo(*load_trained(ngram_folder), title="测试分类")
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
-    yield url
-    page.close()
+    """The page as the command line serves it, but in the background."""
+    launch, pages = gr.Blocks.launch, []
+
+    def launch_in_background(page, **settings):
+        pages.append(page)
+        launch(page, prevent_thread_lock=True, quiet=True, **settings)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gr.Blocks, "launch", launch_in_background)
+        main([ngram_folder, "--port", str(port)])
+    yield f"http://127.0.0.1:{port}/"
+    pages[0].close()
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +96,11 @@ def test_a_whole_table_is_classified_and_can_be_downloaded(form, tmp_path):
     form.get_by_label("文本所在的列").fill("无此列")
     form.get_by_role("button", name="开始").click()
     form.get_by_text("no column '无此列', or more than one; there are text, label").wait_for()
+
+
+def test_a_model_that_is_not_there_ends_with_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        main([str(tmp_path / "nothing")])
 
 
 def test_the_strongest_word_has_the_strongest_colour():

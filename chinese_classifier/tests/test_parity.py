@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import losses, run_train, train_here
 from transformers import AutoModelForSequenceClassification
 
 from batch import TokenBudgetSampler
-from conftest import losses, make_reviews, run_train, train_here, write_table
+from conftest import make_reviews, write_table
 from rows import read_table
 
 COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --warmup_steps 0 --weight_decay 0 --logging_steps 1"
@@ -51,7 +52,7 @@ def expected(classifier_folder, data_file, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def expected_held_out(classifier_folder, data_file, eval_file, tmp_path_factory):
+def expected_validation(classifier_folder, data_file, eval_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         output = tmp_path_factory.mktemp("one")
         layout = ["--per_device_train_batch_size", "8"]
@@ -78,12 +79,12 @@ def test_one_process_equals_the_plain_loop(
 
 @pytest.mark.parametrize("deepspeed", ["", "ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
 def test_two_processes_equal_the_plain_loop(
-    deepspeed, expected, expected_held_out, classifier_folder, data_file, eval_file, tmp_path
+    deepspeed, expected, expected_validation, classifier_folder, data_file, eval_file, tmp_path
 ):
     more = ["--per_device_train_batch_size", "4", *(["--deepspeed", deepspeed] if deepspeed else [])]
     run_train(*flags(classifier_folder, data_file, eval_file, tmp_path, *more), processes=2)
     assert losses(tmp_path) == expected
-    assert losses(tmp_path, "eval_loss") == expected_held_out
+    assert losses(tmp_path, "eval_loss") == expected_validation
 
 
 def test_weights_and_smoothing_equal_the_plain_loop(classifier_folder, eval_file, tokenizer, tmp_path, monkeypatch):
@@ -128,8 +129,8 @@ def test_metrics_equal_scikit_learn_s(classifier_folder, data_file, tmp_path, mo
         return seen["last"][0]
 
     monkeypatch.setattr(trainer.ClassificationTrainer, "measure", keep)
-    held_out = write_table(tmp_path / "eval.csv", make_reviews(31, seed=5))
-    train_here(monkeypatch, *flags(classifier_folder, data_file, held_out, tmp_path / "out"))
+    validation = write_table(tmp_path / "eval.csv", make_reviews(31, seed=5))
+    train_here(monkeypatch, *flags(classifier_folder, data_file, validation, tmp_path / "out"))
     scores, predicted, labels = seen["last"]
     assert scores["accuracy"] == accuracy_score(labels, predicted)
     assert scores["macro_f1"] == f1_score(labels, predicted, average="macro", labels=[0, 1], zero_division=0)

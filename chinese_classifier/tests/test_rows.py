@@ -8,7 +8,7 @@ import pytest
 
 import prepare
 from prepare import describe, load_tables
-from rows import COLUMNS, UserError, clean_splits, list_tables, normalize, read_table, sort_labels, split_in_blocks
+from rows import COLUMNS, UserError, clean_splits, list_files, normalize, read_table, sort_labels, split_in_blocks
 
 
 def table(*rows, file="a.csv") -> pd.DataFrame:
@@ -16,7 +16,7 @@ def table(*rows, file="a.csv") -> pd.DataFrame:
 
 
 def load(data_path, test_split: float = 0.1):
-    return load_tables(str(data_path), ("text", "label"), {"validation": 0.1, "test": test_split}, seed=0, held_out={})
+    return load_tables(str(data_path), ("text", "label"), {"validation": 0.1, "test": test_split}, seed=0)
 
 
 def write(path, text: str, encoding: str = "utf-8"):
@@ -73,7 +73,7 @@ def test_encodings_that_cannot_be_read(tmp_path):
         read_table(str(tmp_path / "nul.csv"), "text", "label")
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"a\.xlsx: neither \.csv nor \.tsv; in Excel: save as"):
-        list_tables(str(tmp_path / "a.xlsx"))
+        list_files(str(tmp_path / "a.xlsx"))
 
 
 def test_classes_are_ordered_by_number_or_by_the_alphabet():
@@ -102,9 +102,9 @@ def test_copies_conflicts_and_leaks_leave_the_right_side():
         ("train", "train:3", "a copy: of train:2"),
         ("train", "train:4", "in several classes: 0 and 1"),
         ("train", "train:5", "in several classes: 0 and 1"),
-        ("train", "train:6", "held out as well: validation:2"),
-        ("train", "train:7", "held out as well: test:2"),
-        ("validation", "validation:3", "held out as well: test:3"),
+        ("train", "train:6", "in another split as well: validation:2"),
+        ("train", "train:7", "in another split as well: test:2"),
+        ("validation", "validation:3", "in another split as well: test:3"),
         ("test", "test:4", "a copy: of test:3"),
     ]
 
@@ -150,14 +150,16 @@ def test_a_label_that_training_never_saw_is_named(tmp_path):
         load(tmp_path)
 
 
-def test_held_out_rows_of_their_own(tmp_path):
+def test_test_rows_of_their_own(tmp_path):
     rows = "".join(f"第{number}条{'好' if number % 2 else '坏'}评,{number % 2}\n" for number in range(50))
     train = write(tmp_path / "all.csv", "text,label\n" + rows)
     test = write(tmp_path / "later.csv", "text,label\n第7条好评。,1\n新的,0\n")
     columns, shares = ("text", "label"), {"validation": 0.1, "test": 0.1}
     splits, removed = load_tables(train, columns, shares, 0, {"validation": None, "test": test})
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [45, 4, 2]
-    assert removed.reason.tolist() == [f"held out as well: {test}:2"] and removed.source.tolist() == [f"{train}:9"]
+    assert removed.reason.tolist() == [f"in another split as well: {test}:2"] and removed.source.tolist() == [
+        f"{train}:9"
+    ]
 
 
 def test_a_table_beside_train_is_not_left_out_in_silence(tmp_path):
@@ -170,7 +172,7 @@ def test_a_table_beside_train_is_not_left_out_in_silence(tmp_path):
     assert [len(part) for part in splits.values()] == [2, 1]
 
 
-def test_held_out_tables_and_shares_that_leave_nothing(tmp_path):
+def test_tables_and_shares_that_leave_nothing(tmp_path):
     rows = "".join(f"第{number}条,{number % 2}\n" for number in range(20))
     path = write(tmp_path / "a.csv", "text,label\n" + rows)
     empty = write(tmp_path / "b.csv", "text,label\n,1\n")
@@ -179,9 +181,9 @@ def test_held_out_tables_and_shares_that_leave_nothing(tmp_path):
         load_tables(path, columns, shares, 0, {"test": empty})
     for bad in ({"validation": 20, "test": 0.1}, {"validation": -0.1, "test": 0}, {"validation": 0.5, "test": 0.5}):
         with pytest.raises(UserError, match="less than 1 together"):
-            load_tables(path, columns, bad, 0, {})
+            load_tables(path, columns, bad, 0)
     few = write(tmp_path / "c.csv", "text,label\n很好,1\n不错,1\n很坏,0\n不行,0\n")
-    assert list(load_tables(few, columns, shares, 0, {})[0]) == ["train", "validation"]
+    assert list(load_tables(few, columns, shares, 0)[0]) == ["train", "validation"]
 
 
 def test_command_line_writes_tables_that_are_read_again_as_they_are(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from baseline import cross_predict, number_folds
 from conftest import TELLING, make_reviews
 from ngram_modernbert import hash_ngrams
 from rows import UserError
-from tiny import build_tiny_classifier, embed_tokens, train_tokenizer
+from tiny import build_tiny_model, embed_tokens, train_tokenizer
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -24,7 +24,7 @@ def tiny(request, tmp_path_factory):
     texts, names = zip(*rows, strict=True)
     labels = [list(TELLING).index(name) for name in names]
     folder = str(tmp_path_factory.mktemp("tiny"))
-    build_tiny_classifier(list(texts), list(names), dict(enumerate(list(TELLING)[: request.param])), folder)
+    build_tiny_model(list(texts), list(names), dict(enumerate(list(TELLING)[: request.param])), folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return model, AutoTokenizer.from_pretrained(folder), list(texts), labels, folder
 
@@ -94,7 +94,7 @@ def test_it_runs_in_half_precision(tiny):
 
 def test_texts_without_anything_in_common_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a character in common"):
-        build_tiny_classifier(["天地", "玄黄"], ["好", "坏"], {0: "好", 1: "坏"}, str(tmp_path))
+        build_tiny_model(["天地", "玄黄"], ["好", "坏"], {0: "好", 1: "坏"}, str(tmp_path))
 
 
 def test_a_saved_model_is_served_by_pipeline_from_anywhere(tiny, tmp_path):

@@ -1,4 +1,6 @@
-"""One run in one folder: nobody else writes there, only whole checkpoints count, and only the same run goes on."""
+"""One run in one folder: nobody else writes there, only complete checkpoints count, and only the same run goes on."""
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import fcntl
 import hashlib
@@ -6,8 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-
-from transformers import EarlyStoppingCallback, TrainerCallback
 
 from rows import UserError
 
@@ -50,7 +50,7 @@ def list_file_sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether the save came to its end and every file still has the size that it had then."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -67,38 +67,24 @@ def write_through(path: Path) -> None:
     os.close(descriptor)
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Writes a checkpoint's manifest once all processes have finished their part of it; then old ones may go."""
+def seal_checkpoint(checkpoint: Path, save_total_limit: int | None, best: Path | None = None) -> None:
+    """Writes the manifest of a checkpoint that all processes have finished; then the oldest ones may go.
 
-    def __init__(self, accelerator, save_total_limit: int | None):
-        self.accelerator, self.save_total_limit = accelerator, save_total_limit
-
-    def on_save(self, args, state, control, **kwargs):
-        self.accelerator.wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        sizes = list_file_sizes(checkpoint)
-        for name in sizes:
-            write_through(checkpoint / name)
-        unfinished = checkpoint / f".{MANIFEST}"
-        unfinished.write_text(json.dumps(sizes))
-        write_through(unfinished)
-        os.replace(unfinished, checkpoint / MANIFEST)
-        write_through(checkpoint)
-        kept = {checkpoint, Path(state.best_model_checkpoint or checkpoint)}
-        others = [old for old in list_checkpoints(Path(args.output_dir)) if old not in kept]
-        for old in others[max(0, self.save_total_limit - len(kept)) :] if self.save_total_limit else []:
-            shutil.rmtree(old)
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own; a resumed run goes on counting the evaluations without a better loss."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+    Args:
+        save_total_limit: checkpoints that are kept, this one and `best` among them; None for all.
+    """
+    sizes = list_file_sizes(checkpoint)
+    for name in sizes:
+        write_through(checkpoint / name)
+    unfinished = checkpoint / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(sizes))
+    write_through(unfinished)
+    os.replace(unfinished, checkpoint / MANIFEST)
+    write_through(checkpoint)
+    kept = {checkpoint, best or checkpoint}
+    others = [old for old in list_checkpoints(checkpoint.parent) if old not in kept]
+    for old in others[max(0, save_total_limit - len(kept)) :] if save_total_limit else []:
+        shutil.rmtree(old)
 
 
 def hash_model_files(folder: str) -> str:
@@ -120,9 +106,9 @@ def hash_model_files(folder: str) -> str:
 
 
 def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | None, bool, list[str]]:
-    """The newest whole checkpoint of this run, whether the run has come to its end, and what there is to say.
+    """The newest complete checkpoint of this run, whether the run has come to its end, and what there is to say.
 
-    Torn checkpoints after it are renamed, since Transformers takes each folder of that name for a good one.
+    Incomplete checkpoints after it are renamed, since Transformers takes each folder of that name for a good one.
 
     Args:
         run: what makes the run itself (model, data, adapters, batch, schedule); kept in the folder as run.json.
@@ -157,10 +143,12 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         write_through(unfinished)
         os.replace(unfinished, run_file)
     for checkpoint in checkpoints:
-        if is_whole(checkpoint):
+        if is_complete(checkpoint):
             return str(checkpoint), False, [*messages, f"resuming from {checkpoint}"]
-        torn = checkpoint.with_name(f"torn-{checkpoint.name}")
-        messages.append(f"{checkpoint} is torn (its save never ended): now {torn.name}, going back to the one before")
-        shutil.rmtree(torn, ignore_errors=True)
-        checkpoint.rename(torn)
+        aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+        messages.append(
+            f"{checkpoint} is incomplete (its save never ended): now {aside.name}; going back to the one before"
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
     return None, False, messages

@@ -1,8 +1,10 @@
-"""Checked rows -> token ids with labels on the assistant's words only -> training and held-out rows.
+"""Checked rows -> token ids with labels on the assistant's words only -> training and validation rows.
 
 rows.read_rows -> encode_conversation (the tokenizer's own chat template, turn by turn)
-               -> load_splits (cached by content, held-out rows kept out of the training rows)
+               -> load_splits (cached by content, validation rows kept out of the training rows)
 """
+
+# The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import bisect
 import hashlib
@@ -74,7 +76,7 @@ def find_turns(text: str, messages: list[dict], tokenizer, control: list[str]) -
 
 
 def encode_conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation and its labels: the id where the assistant speaks, -100 elsewhere.
+    """Token ids of a conversation and its labels: the id where the assistant speaks, -100 elsewhere.
 
     Raises:
         UserError: a message holds a control token, the chat template refuses the conversation, or nothing is left
@@ -228,7 +230,7 @@ def take_out_bad_rows(rows: Dataset, skip_bad_rows: bool, report_to: str | None)
 
 
 def load_splits(data_args, tokenizer, seed: int, bad_rows_file: str | None) -> tuple[Dataset, Dataset | None, dict]:
-    """Training rows, held-out rows (None without any) and a summary of what was found in them.
+    """Training rows, validation rows (None without any) and a summary of what was found in them.
 
     No conversation stands on both sides: its copies leave the training rows.
 
@@ -240,35 +242,37 @@ def load_splits(data_args, tokenizer, seed: int, bad_rows_file: str | None) -> t
         Path(bad_rows_file).unlink(missing_ok=True)
     rows, bad = take_out_bad_rows(rows, data_args.skip_bad_rows, bad_rows_file)
     keys = column(rows, "key")
-    held_out = None
+    validation = None
     if data_args.eval_data_path:
-        held_out, eval_hash = load_encoded(data_args.eval_data_path, tokenizer, data_args.model_max_length)
-        held_out, bad_held_out = take_out_bad_rows(held_out, data_args.skip_bad_rows, bad_rows_file)
-        bad, content_hash = bad + bad_held_out, f"{content_hash}-{eval_hash}"
-        is_copy = np.isin(keys, column(held_out, "key"))
+        validation, eval_hash = load_encoded(data_args.eval_data_path, tokenizer, data_args.model_max_length)
+        validation, bad_validation = take_out_bad_rows(validation, data_args.skip_bad_rows, bad_rows_file)
+        bad, content_hash = bad + bad_validation, f"{content_hash}-{eval_hash}"
+        is_copy = np.isin(keys, column(validation, "key"))
         training_rows = rows.select(np.flatnonzero(~is_copy))
     elif data_args.validation_split:
         count = max(1, round(len(rows) * data_args.validation_split))
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
-        held_out = rows.select(chosen)
+        validation = rows.select(chosen)
         is_copy = np.isin(keys, keys[chosen])
         is_copy[chosen] = False
         training_rows = rows.select(np.setdiff1d(np.flatnonzero(~is_copy), chosen))
     else:
         is_copy, training_rows = np.zeros(len(rows), bool), rows
     if not len(training_rows):
-        raise UserError(f"no row is left to train on: {len(rows)} good rows, {is_copy.sum()} of them held out as well.")
+        raise UserError(
+            f"no row is left to train on: {len(rows)} good rows, {is_copy.sum()} of them validation rows as well."
+        )
     unused_keys = Counter(key for keys in rows["unused_keys"] for key in json.loads(keys))
     summary = {
         "content_hash": content_hash,
         "rows": len(training_rows),
-        "held_out_rows": len(held_out) if held_out else 0,
+        "validation_rows": len(validation) if validation else 0,
         "bad_rows": bad,
-        "copies_of_held_out_rows_removed": int(is_copy.sum()),
+        "copies_of_validation_rows_removed": int(is_copy.sum()),
         "duplicates_kept": len(training_rows) - len(np.unique(column(training_rows, "key"))),
         "rows_that_lost_early_turns": int((column(training_rows, "exchanges_dropped") > 0).sum()),
         "unused_keys": dict(unused_keys),
         "tokens": int(column(training_rows, "length").sum()),
         "supervised_tokens": int(column(training_rows, "supervised").sum()),
     }
-    return training_rows, held_out, summary
+    return training_rows, validation, summary

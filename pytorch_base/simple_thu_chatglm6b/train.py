@@ -1,12 +1,12 @@
-"""Supervised fine-tuning of ChatGLM and GLM-4 (or any other model with a chat template), by LoRA or whole.
+"""Supervised fine-tuning of ChatGLM and GLM-4 (or any other model with a chat template), by LoRA or full.
 
     bash train_zero2.sh                            DeepSpeed ZeRO-2 on all GPUs, or on 2 CPU processes
     bash train_zero3.sh                            ZeRO-3, for models that one GPU can't hold
     MODEL=THUDM/glm-4-9b-chat-hf DATA=my_data bash train_zero2.sh --num_train_epochs 1
     python train.py config.yaml                    the same flags from a file
 
-The way of the data: files -> data.load_splits (labels on the assistant's words only) -> batch (dealt to the ranks, laid
-end to end without padding) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
+The way of the data: files -> data.load_splits (labels on the assistant's words only) -> batch (assigned to
+the ranks, padding-free) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
 """
 
 import json
@@ -21,11 +21,13 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
 
-from checkpoint import EarlyStopping, find_checkpoint, hash_model_files, lock_output_dir, step_of
+from callbacks import EarlyStopping, SpeedProgress
+from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, step_of
 from data import load_splits
-from model import load_model, load_tokenizer, tiny_glm_folder
-from report import SpeedProgress, print_first_screen, save_report
+from model import load_model, load_tokenizer
+from report import print_run_summary, save_report
 from rows import UserError
+from tiny import tiny_model_folder
 from trainer import SFTTrainer
 
 # Attention that sees only what its mask lets it see: it needs padded batches.
@@ -39,8 +41,8 @@ NOT_TAKEN = {
     "resume_from_checkpoint": "a run in an --output_dir that holds its checkpoints goes on by itself",
     "auto_find_batch_size": "set --per_device_train_batch_size, and --gradient_accumulation_steps to make up for it",
     "average_tokens_across_devices": "the loss is always the mean over the tokens of all processes",
-    "train_sampling_strategy": "rows are dealt by their tokens",
-    "prediction_loss_only": "the held-out loss is all that is measured",
+    "train_sampling_strategy": "examples are assigned by their tokens",
+    "prediction_loss_only": "the validation loss is all that is measured",
     "save_only_model": "a run can't go on from such a checkpoint; the model is saved at the end",
     "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
     "dataloader_persistent_workers": "--dataloader_num_workers alone is handed on",
@@ -76,16 +78,16 @@ class ModelArguments:
 class DataArguments:
     data_path: str = field(default="data/alpaca_chinese", metadata={"help": "A .json / .jsonl file or a folder."})
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Held-out rows; without it validation_split is cut off the data."}
+        default=None, metadata={"help": "Validation rows; without it validation_split is cut off the data."}
     )
     validation_split: float | None = field(
-        default=None, metadata={"help": "Share of data_path that is held out; 0.05 unless given, 0 for none."}
+        default=None, metadata={"help": "Share of data_path to validate on; 0.05 unless given, 0 for none."}
     )
     model_max_length: int = field(
         default=2048, metadata={"help": "Tokens of a conversation; a longer one loses its oldest exchanges."}
     )
     packing: bool = field(
-        default=False, metadata={"help": "Fill rows of model_max_length tokens; the batch size then counts rows."}
+        default=False, metadata={"help": "Fill bins of model_max_length tokens; the batch size then counts bins."}
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Go on without rows that can't be trained on; bad_rows.jsonl lists them."}
@@ -104,18 +106,19 @@ class TrainingArguments(transformers.TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 the share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a loss that is not a number."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When the held-out loss is measured."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Measure the held-out loss before the first step."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation loss is measured."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Measure the validation loss before the first step."})
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "What the best checkpoint is best in."})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better held-out loss."}
+        default=None, metadata={"help": "Stop after so many evaluations without a better validation loss."}
     )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used here."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
 
+    # >>> hardware
     def __post_init__(self):
         gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.bf16 is None:
@@ -134,6 +137,8 @@ class TrainingArguments(transformers.TrainingArguments):
             # Accelerate starts gloo without telling DeepSpeed, which would shard the model for a single process.
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one GPU; torchrun starts one for each
+
+    # <<< hardware
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -156,7 +161,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     if not data_args.eval_data_path and not data_args.validation_split:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
-                "early stopping and the best model need held-out rows: --validation_split or --eval_data_path"
+                "early stopping and the best model need validation rows: --validation_split or --eval_data_path"
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     return model_args, data_args, args
@@ -190,7 +195,7 @@ def describe_run(model_args, data_args, args, summary: dict) -> dict:
         "model": model_args.model_name_or_path,
         "model's files": hash_model_files(model_args.model_name_or_path),
         "data": summary["content_hash"],
-        "rows held out": summary["held_out_rows"],
+        "validation rows": summary["validation_rows"],
         "processes": args.world_size,
         "deepspeed": json.loads(Path(args.deepspeed).read_text()) if args.deepspeed else None,
         "packing": data_args.packing,
@@ -202,23 +207,23 @@ def describe_run(model_args, data_args, args, summary: dict) -> dict:
 
 def main():
     model_args, data_args, args = parse_arguments()
-    is_first = args.process_index == 0
-    lock = lock_output_dir(args.output_dir) if is_first else None
+    is_main_process = args.process_index == 0
+    lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
 
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
-        model_args.model_name_or_path = tiny_glm_folder(data_args.data_path)
+        model_args.model_name_or_path = tiny_model_folder(data_args.data_path)
     tokenizer = load_tokenizer(model_args)
-    bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_first else None
+    bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_main_process else None
     train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
     found = [None, False, []]
-    if is_first:
+    if is_main_process:
         run = describe_run(model_args, data_args, args, summary)
         found = list(find_checkpoint(args.output_dir, run, args.overwrite_output_dir))
     checkpoint, finished, messages = broadcast_object_list(found)
     if finished:
-        return print(*messages) if is_first else None
+        return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     model = load_model(model_args, args)
 
@@ -229,14 +234,14 @@ def main():
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         packing=data_args.model_max_length if data_args.packing else None,
-        pad_rows=model_args.attn_implementation in PADDED_ATTENTION,
+        pad=model_args.attn_implementation in PADDED_ATTENTION,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(SpeedProgress(summary["tokens"]))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
-    if is_first:
-        print_first_screen(trainer, tokenizer, model_name, summary, messages)
+    if is_main_process:
+        print_run_summary(trainer, tokenizer, model_name, summary, messages)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
     warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
@@ -244,10 +249,11 @@ def main():
     trainer.evaluate_at_the_end()
     trainer.save_model()
     trainer.save_state()
-    if is_first:
+    if is_main_process:
         steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         print(json.dumps(save_report(trainer, summary, output.metrics, steps), indent=2))
         lock.close()
+    # >>> end
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
     trainer.accelerator.wait_for_everyone()
@@ -259,3 +265,4 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+# <<< end

@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 import app
-from infer import load_chat_model, reply_batch
+from infer import load_trained_model, reply_batch
 from rows import UserError
 
 KEY = "sk-test-123"
@@ -24,7 +24,7 @@ CONTEXT = 16384
 @pytest.fixture(scope="module")
 def chat(tiny_folder):
     """A model that says something else at each step, never ends by itself, and could go on for a minute."""
-    model, tokenizer = load_chat_model(tiny_folder)
+    model, tokenizer = load_trained_model(tiny_folder)
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.ndim == 2:

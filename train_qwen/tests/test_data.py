@@ -194,7 +194,7 @@ def test_the_three_formats_say_the_same():
         ({"instruction": "问", "output": "好", "history": ["问答"]}, "history is a list of .question"),
         ({"instruction": "问", "output": "好", "history": 3}, "history is a list of .question"),
         ({"instruction": "问", "output": "好", "history": [["问", 3]]}, r"message 2 \(assistant\): the text is int"),
-        ({"instruction": "问\ud83d", "output": "好"}, r"message 1 \(user\): half a character"),
+        ({"instruction": "问\ud83d", "output": "好"}, r"message 1 \(user\): a lone surrogate"),
     ],
 )
 def test_bad_rows_say_what_they_lack(row, reason):
@@ -295,10 +295,10 @@ def test_splits_share_no_row_and_copies_are_reported(tokenizer, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows + rows[:10])
     train, held_out, summary = load_splits(settings(path, validation_split=0.3), tokenizer, 0, None)
     assert not np.isin(column(train, "key"), column(held_out, "key")).any()
-    assert summary["copies_of_held_out_rows_removed"] == 40 - len(train) - len(held_out) > 0
+    assert summary["copies_of_validation_rows_removed"] == 40 - len(train) - len(held_out) > 0
     eval_path = write_rows(tmp_path / "eval.jsonl", rows[:5])
     train, held_out, summary = load_splits(settings(path, eval_data_path=eval_path), tokenizer, 0, None)
-    assert (len(train), len(held_out), summary["copies_of_held_out_rows_removed"]) == (30, 5, 10)
+    assert (len(train), len(held_out), summary["copies_of_validation_rows_removed"]) == (30, 5, 10)
     assert summary["duplicates_kept"] == 5
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from infer import load_chat_model
+from infer import load_trained_model
 from rows import UserError
 
 
@@ -38,8 +38,8 @@ def test_merged_folder_says_what_base_and_adapter_say(adapter, tiny_folder, toke
     assert export.export(adapter, target) < 1e-3
     merged = AutoModelForCausalLM.from_pretrained(target).eval()
     assert type(merged).__name__ == "Qwen2ForCausalLM" and merged.dtype == torch.float32
-    tuned = logits(load_chat_model(adapter)[0], tokenizer)
-    base = logits(load_chat_model(tiny_folder)[0], tokenizer)
+    tuned = logits(load_trained_model(adapter)[0], tokenizer)
+    base = logits(load_trained_model(tiny_folder)[0], tokenizer)
     assert (tuned - base).abs().max() > 0.1
     torch.testing.assert_close(logits(merged, AutoTokenizer.from_pretrained(target)), tuned, atol=1e-3, rtol=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import infer
-from infer import decode_pieces, encode_prompts, load_chat_model, reply_batch, stream_reply
+from infer import decode_pieces, encode_prompts, load_trained_model, reply_batch, stream_reply
 from rows import UserError
 
 QUESTION = [{"role": "user", "content": "天地玄黄"}]
@@ -22,7 +22,7 @@ CONVERSATIONS = [
 @pytest.fixture
 def chat(tiny_folder):
     """A model that says something else at each step, and never ends by itself."""
-    model, tokenizer = load_chat_model(tiny_folder)
+    model, tokenizer = load_trained_model(tiny_folder)
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.ndim == 2:
@@ -146,11 +146,11 @@ def test_thoughts_in_the_history_are_read_as_in_the_training(chat):
 
 
 def test_reply_ends_at_the_tokenizer_s_end_of_turn_and_at_the_base_model_s(tiny_folder, tmp_path):
-    model, tokenizer = load_chat_model(tiny_folder)
+    model, tokenizer = load_trained_model(tiny_folder)
     model.generation_config.eos_token_id = tokenizer.pad_token_id  # as in a base model: <|endoftext|>
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = load_chat_model(str(tmp_path))
+    model, tokenizer = load_trained_model(str(tmp_path))
     assert set(model.generation_config.eos_token_id) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert not model.training
 
@@ -177,7 +177,7 @@ def test_adapter_is_loaded_with_its_base(tiny_folder, tokenizer, tmp_path, monke
         monkeypatch.setattr(infer, "__file__", str(tmp_path / "infer.py"))
     else:
         monkeypatch.chdir(tmp_path)
-    model, loaded_tokenizer = load_chat_model(adapter)
+    model, loaded_tokenizer = load_trained_model(adapter)
     inputs = encode_prompts(loaded_tokenizer, [QUESTION])
     with torch.no_grad():
         tuned = model(**inputs).logits
@@ -194,16 +194,16 @@ def test_what_is_not_there_is_said_in_one_line(tiny_folder, tokenizer, tmp_path,
 
     (tmp_path / "output" / "checkpoint-20").mkdir(parents=True)
     with pytest.raises(UserError, match=r"neither config.json nor adapter_config.json.*checkpoint-20"):
-        load_chat_model(str(tmp_path / "output"))
+        load_trained_model(str(tmp_path / "output"))
 
     adapter = save_adapter(tiny_folder, tmp_path / "adapter", tokenizer, base_model_name_or_path="/gone")
     with pytest.raises(UserError, match=r"names as its base model /gone: there is no such folder"):
-        load_chat_model(adapter)
+        load_trained_model(adapter)
 
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no model could be read there"):
-        load_chat_model(str(tmp_path / "broken"))
+        load_trained_model(str(tmp_path / "broken"))
 
 
 def test_terminal_chat_keeps_the_history_and_survives_ctrl_c(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import torch
 
 import demo
 from demo import build_demo
-from infer import load_chat_model
+from infer import load_trained_model
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def chat(tiny_folder):
     """A model that says something else at each step, never ends by itself, and takes its time."""
-    model, tokenizer = load_chat_model(tiny_folder)
+    model, tokenizer = load_trained_model(tiny_folder)
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.ndim == 2:

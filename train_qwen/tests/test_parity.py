@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import losses, run_train, train_here
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -13,8 +14,7 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from batch import BalancedBatchSampler, collate_packed, pack_best_fit
-from conftest import losses, run_train, train_here
+from batch import BalancedBatchSampler, collate_padding_free, pack_best_fit
 from data import column, load_encoded
 from layers import ChunkedCrossEntropy, install_supervised_head, remember_less
 from model import PLAIN_TEMPLATE
@@ -194,7 +194,7 @@ def test_unusual_models_fall_back_say_so_and_have_the_same_loss(
 
 
 def test_a_batch_without_samples_supervises_nothing():
-    batch = collate_packed([])
+    batch = collate_padding_free([])
     assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == -100).all()
 
 

@@ -1,37 +1,27 @@
 """A run that was killed and started again ends bit for bit where one that was never stopped ends."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from ranks import Run, losses, read_history, run_train, start_train, train_here
 from safetensors.torch import load_file
 
-from conftest import RECIPE, losses, read_history, run_train, train_command, train_here
 from rows import UserError
 
 FLAGS = "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --num_train_epochs 3 --seed 7"
 # 25 rows in steps of 8: 4 steps an epoch, 12 in all, so that checkpoints fall inside epochs.
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=RECIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process: subprocess.Popen, condition) -> None:
-    """SIGKILL to the launcher and all its workers as soon as the condition holds."""
+def kill_when(run: Run, condition) -> None:
+    """SIGKILL to all ranks as soon as the condition holds."""
     deadline = time.time() + 120
     while not condition():
-        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        assert run.is_running() and time.time() < deadline, "the run ended before it could be killed"
         time.sleep(0.002)
-    launcher = psutil.Process(process.pid)
-    family = [launcher, *launcher.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    run.kill()
 
 
 def final_state(output: Path) -> dict[str, torch.Tensor]:
@@ -69,20 +59,20 @@ def test_a_killed_run_ends_like_one_that_was_never_stopped(processes, tiny_folde
 
     killed = tmp_path / "killed"
     first, second = killed / "checkpoint-6", killed / "checkpoint-9"
-    kill_when(start(train_command(*command(killed), processes=processes)), (first / "manifest.json").exists)
+    kill_when(start_train(*command(killed), processes=processes), (first / "manifest.json").exists)
     # The second start goes on from the second epoch and dies while it writes the next checkpoint.
-    kill_when(start(train_command(*command(killed), processes=processes)), second.exists)
+    kill_when(start_train(*command(killed), processes=processes), second.exists)
     assert not (second / "manifest.json").exists()
 
-    screen = run_train(*command(killed), processes=processes).stdout
-    assert f"{second} is torn" in screen and f"resuming from {first}" in screen
+    screen = run_train(*command(killed), processes=processes)
+    assert f"{second} is incomplete" in screen and f"resuming from {first}" in screen
     expected, resumed = final_state(tmp_path / "whole"), final_state(killed)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_truncated_file_counts_as_torn(tmp_path):
-    from checkpoint import MANIFEST, find_checkpoint, is_whole, list_file_sizes
+def test_a_truncated_file_makes_a_checkpoint_incomplete(tmp_path):
+    from checkpoint import MANIFEST, find_checkpoint, is_complete, list_file_sizes
 
     for step in (3, 6):
         folder = tmp_path / f"checkpoint-{step}"
@@ -92,11 +82,11 @@ def test_a_truncated_file_counts_as_torn(tmp_path):
     (tmp_path / "run.json").write_text('{"model": "a"}')
     assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0].endswith("checkpoint-6")
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"01234")
-    assert not is_whole(tmp_path / "checkpoint-6")
+    assert not is_complete(tmp_path / "checkpoint-6")
     (tmp_path / "checkpoint-best").mkdir()  # a copy that the user made
     checkpoint, _, messages = find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)
-    assert checkpoint.endswith("checkpoint-3") and "checkpoint-6 is torn" in messages[0]
-    assert (tmp_path / "torn-checkpoint-6" / "optimizer.pt").read_bytes() == b"01234"
+    assert checkpoint.endswith("checkpoint-3") and "checkpoint-6 is incomplete" in messages[0]
+    assert (tmp_path / "incomplete-checkpoint-6" / "optimizer.pt").read_bytes() == b"01234"
     (tmp_path / "checkpoint-3" / MANIFEST).write_text("")  # a power cut
     assert find_checkpoint(str(tmp_path), {"model": "a"}, overwrite=False)[0] is None
 
@@ -173,15 +163,10 @@ def test_a_run_that_came_to_its_end_is_left_as_it_is(tiny_folder, data_file, tmp
 
 
 def test_a_user_s_own_copies_and_the_best_checkpoint_outlive_the_rotation(tmp_path):
-    from types import SimpleNamespace
+    from checkpoint import seal_checkpoint
 
-    from checkpoint import WholeCheckpoints
-
-    best = str(tmp_path / "checkpoint-20")
-    callback = WholeCheckpoints(SimpleNamespace(wait_for_everyone=lambda: None), save_total_limit=2)
     (tmp_path / "checkpoint-best").mkdir()
     for step in (10, 20, 30, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
-        callback.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+        seal_checkpoint(tmp_path / f"checkpoint-{step}", save_total_limit=2, best=tmp_path / "checkpoint-20")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-best", "checkpoint-20", "checkpoint-100"}

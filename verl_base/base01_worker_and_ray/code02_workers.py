@@ -1,6 +1,6 @@
 """What runs in the workers of lesson 2.
 
-Worker classes stand in a module beside the program: Ray hands a class with verl's `register` over by its name, and the
+Worker classes stand in a module beside the program: Ray passes a class with verl's `register` on by its name, and the
 program that is being run (`__main__`) has none that another process could import.
 """
 

@@ -1,4 +1,4 @@
-"""DataProto, verl's batch, and DP_COMPUTE_PROTO: rows are dealt to the ranks, results come back in the same order.
+"""DataProto, verl's batch, and DP_COMPUTE_PROTO: rows are assigned to the ranks, results come back in the same order.
 
 python -m base01_worker_and_ray.code03_data_proto
 """

@@ -7,7 +7,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 
 
 class Scorer(Worker):
-    """Each rank is handed its share of the rows."""
+    """Each rank gets its share of the rows."""
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score(self, data: DataProto) -> DataProto:

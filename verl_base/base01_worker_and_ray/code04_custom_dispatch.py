@@ -1,4 +1,4 @@
-"""A dispatch of one's own: rows are dealt by length, so that no rank waits for another, and come back in order.
+"""A dispatch of one's own: rows are assigned by length, so that no rank waits for another, and come back in order.
 
 python -m base01_worker_and_ray.code04_custom_dispatch
 """
@@ -20,8 +20,8 @@ batch = DataProto.from_dict({"attention_mask": mask})  # [rows, length]: row i h
 with local_cluster(2, "output_base01") as pool:
     group = RayWorkerGroup(pool, RayClassWithInitArgs(ray.remote(Counter)))
     halves, balanced = group.count(batch), group.count_balanced(batch)
-    print("tokens of a row    ", *[f"{length:>3}" for length in lengths.tolist()], "  tokens of rank 0, 1")
-    for name, counted in (("dealt in halves", halves), ("dealt by length", balanced)):
+    print("tokens of a row         ", *[f"{length:>3}" for length in lengths.tolist()], "  tokens of rank 0, 1")
+    for name, counted in (("assigned in halves", halves), ("assigned by length", balanced)):
         ranks, tokens = counted.batch["rank"], counted.batch["tokens"]
         totals = [int(tokens[ranks == rank].sum()) for rank in range(2)]
         print(f"{name}: rank", *[f"{rank:>3}" for rank in ranks.tolist()], f" {totals}")

@@ -7,7 +7,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 
-def deal_by_length(worker_group, data: DataProto) -> tuple[tuple, dict]:
+def assign_by_length(worker_group, data: DataProto) -> tuple[tuple, dict]:
     """On the way out: rows for each rank, so that their tokens add up to nearly the same everywhere.
 
     By Karmarkar and Karp's differencing method, with which verl's trainers balance their batches, too.
@@ -28,7 +28,7 @@ def put_in_order(worker_group, outputs: list[DataProto]) -> DataProto:
 
 
 class Counter(Worker):
-    """The same work under two ways of dealing."""
+    """The same work under two ways of assigning rows."""
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def count(self, data: DataProto) -> DataProto:
@@ -36,6 +36,6 @@ class Counter(Worker):
         tokens = data.batch["attention_mask"].sum(1)
         return DataProto.from_dict({"tokens": tokens, "rank": torch.full_like(tokens, self.rank)})
 
-    @register(dispatch_mode={"dispatch_fn": deal_by_length, "collect_fn": put_in_order})
+    @register(dispatch_mode={"dispatch_fn": assign_by_length, "collect_fn": put_in_order})
     def count_balanced(self, data: DataProto) -> DataProto:
         return self.count(data).union(data.select(batch_keys=["row"]))

@@ -11,7 +11,7 @@ from base01_worker_and_ray.tiny_model import generate_greedily
 
 
 class Generator(Worker):
-    """The whole model on every rank; verl deals the prompts."""
+    """The whole model on every rank; verl assigns the prompts."""
 
     def __init__(self, path: str):
         super().__init__()

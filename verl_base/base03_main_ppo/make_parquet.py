@@ -67,7 +67,7 @@ def read_rows(path: Path, split: str) -> list[dict]:
 def make_parquet(data: Path, output: Path) -> list[Path]:
     """Writes train.parquet and test.parquet, and sft_train.parquet and sft_test.parquet where there is an sft.jsonl.
 
-    A training prompt that is held out as well is left out, and counted. A twentieth of the worked examples becomes
+    A training prompt that is a validation prompt as well is left out, and counted. A twentieth of the worked examples becomes
     sft_test.
 
     Raises:
@@ -80,10 +80,12 @@ def make_parquet(data: Path, output: Path) -> list[Path]:
                 f"{data}: there is no {split}.jsonl in it; DATA is a folder with train.jsonl and test.jsonl."
             )
         tables[split] = read_rows(data / f"{split}.jsonl", split)
-    held_out = {str(row["prompt"]) for row in tables["test"]}
-    kept = [row for row in tables["train"] if str(row["prompt"]) not in held_out]
+    validation = {str(row["prompt"]) for row in tables["test"]}
+    kept = [row for row in tables["train"] if str(row["prompt"]) not in validation]
     if len(kept) < len(tables["train"]):
-        print(f"{len(tables['train']) - len(kept)} prompts of {data / 'train.jsonl'} are held out, too: left out")
+        print(
+            f"{len(tables['train']) - len(kept)} prompts of {data / 'train.jsonl'} are validation prompts, too: left out"
+        )
     tables["train"] = kept
     if (data / "sft.jsonl").is_file():
         examples = read_rows(data / "sft.jsonl", "sft")

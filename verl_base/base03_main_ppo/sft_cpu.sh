@@ -4,6 +4,11 @@
 #   bash base03_main_ppo/sft_cpu.sh                        the tiny model with random weights, the sample task's examples
 #   MODEL=my_model DATA=my_data bash base03_main_ppo/sft_cpu.sh trainer.total_epochs=2
 set -euo pipefail
+# >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
+[[ -e "${DATA:-}" ]] && DATA=$(realpath "$DATA")
+[[ -d "${MODEL:-}" ]] && MODEL=$(realpath "$MODEL")
+[[ "${OUTPUT:-/}" == /* ]] || OUTPUT=$PWD/$OUTPUT
+# <<< paths
 cd "$(dirname "$0")/.."
 
 # >>> data: DATA is a sample task, or a folder with train.jsonl, test.jsonl and, for sft_cpu.sh, sft.jsonl

@@ -6,6 +6,11 @@
 #   export RAY_AUTH_TOKEN=my_secret     the same on all: without it, who reaches the port could run code on them
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash base03_main_ppo/train_cluster.sh
 set -euo pipefail
+# >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
+[[ -e "${DATA:-}" ]] && DATA=$(realpath "$DATA")
+[[ -d "${MODEL:-}" ]] && MODEL=$(realpath "$MODEL")
+[[ "${OUTPUT:-/}" == /* ]] || OUTPUT=$PWD/$OUTPUT
+# <<< paths
 cd "$(dirname "$0")/.."
 [[ -n "${GPUS:-}" ]] && export CUDA_VISIBLE_DEVICES=$GPUS
 head=$MASTER_ADDR:${MASTER_PORT:-6379}

@@ -6,6 +6,11 @@
 #       reward.custom_reward_function.path=$PWD/my_rewards.py 'trainer.logger=[console,tensorboard]'
 #   DRY_RUN=1 NPROC=8 bash base03_main_ppo/train_vllm.sh   prints the command as for 8 GPUs; check_configs.py reads it
 set -euo pipefail
+# >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
+[[ -e "${DATA:-}" ]] && DATA=$(realpath "$DATA")
+[[ -d "${MODEL:-}" ]] && MODEL=$(realpath "$MODEL")
+[[ "${OUTPUT:-/}" == /* ]] || OUTPUT=$PWD/$OUTPUT
+# <<< paths
 cd "$(dirname "$0")/.."
 
 # >>> data: DATA is a sample task, or a folder with train.jsonl, test.jsonl and, for sft_cpu.sh, sft.jsonl

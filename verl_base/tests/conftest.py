@@ -1,21 +1,26 @@
-"""One small Ray for all tests of a process, and runs of train.py in it on a tiny policy with random weights."""
+"""One small Ray for all tests that only need one, and runs of train.py in it on a tiny policy with random weights."""
 
 import contextlib
+import functools
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 RECIPE = Path(__file__).parent.parent
+WARM_WORKER = Path(__file__).with_name("warm_worker.py")
 sys.path.insert(0, str(RECIPE))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cluster  # noqa: E402
 
 QUESTIONS = [f"{first}加{second}等于几？" for first in "一二三四五六七八" for second in "一二三四五六七八"]
-# A lesson that random weights can learn in a few steps: to begin with a certain word.
+# What random weights can learn in a few steps: to say numerals.
 REWARD = """
 def more_of_a_kind(data_source, solution_str, ground_truth, extra_info=None):
     said = [character for character in solution_str if character.strip()]
@@ -72,11 +77,23 @@ def reward_file(tmp_path_factory) -> str:
     return f"{path}:more_of_a_kind"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Last what waits for a minute: until all of a killed driver's Ray has gone."""
+    items.sort(key=lambda item: item.name == "test_nothing_is_left[driver]")
+
+
 @pytest.fixture(scope="session")
 def ray_here(tmp_path_factory):
-    """Ray with two places, for as long as the tests last."""
-    with cluster.local_cluster(2, tmp_path_factory.mktemp("ray")):
-        yield
+    """Ray with two places, for as long as the tests last; its workers are forked (warm_worker.py)."""
+    import ray
+    from ray._private import parameter
+
+    folder = tmp_path_factory.mktemp("ray")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.chdir(folder):  # a socket's path has at most 107 characters
+        listener.bind("warm")
+    listener.listen(16)
+    parameters = functools.partial(parameter.RayParams, setup_worker_path=str(WARM_WORKER))
 
 
 @pytest.fixture
@@ -86,12 +103,12 @@ def start(ray_here):
     from verl.single_controller.ray import RayResourcePool
 
     import engines
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
 
     groups, pools = [], []
 
     def start_here(model_args, args, reply_length: int = 8):
-        tokenizer = load_policy_tokenizer(model_args)
+        tokenizer = load_tokenizer(model_args)
         pools.append(RayResourcePool([args.nproc], use_gpu=cluster.ON_GPU, max_colocate_count=1))
         policy, reference = engines.start_workers(pools[-1], model_args, args, tokenizer, reply_length)
         groups.append(policy)
@@ -113,9 +130,9 @@ def start(ray_here):
 
 
 @pytest.fixture
-def read_flags(monkeypatch, policy_folder, data_file, reward_file, tmp_path):
+def parse_arguments(monkeypatch, policy_folder, data_file, reward_file, tmp_path):
     """The three groups of arguments for a short run, with changes."""
-    from arguments import read_flags
+    from arguments import parse_arguments
 
     def read(**changes):
         flags = {
@@ -127,13 +144,13 @@ def read_flags(monkeypatch, policy_folder, data_file, reward_file, tmp_path):
         } | changes
         words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        return read_flags()
+        return parse_arguments()
 
     return read
 
 
 @pytest.fixture(name="run_train")
-def run_reinforcement(monkeypatch, start, read_flags):
+def run_reinforcement(monkeypatch, start, parse_arguments):
     """train.main() in this process and in the tests' Ray; returns the output folder."""
     import train
 
@@ -142,7 +159,7 @@ def run_reinforcement(monkeypatch, start, read_flags):
         yield None
 
     def run(**changes) -> Path:
-        _, _, args = read_flags(**changes)
+        _, _, args = parse_arguments(**changes)
         monkeypatch.setattr(train, "local_cluster", tests_cluster)
         monkeypatch.setattr(
             train, "start_workers", lambda pool, model, args, tokenizer, length: start(model, args, length)

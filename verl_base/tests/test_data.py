@@ -10,7 +10,7 @@ from transformers import Qwen3NextConfig
 
 from conftest import QUESTIONS, make_policy, write_rows
 from data import check_groups, hash_prompts, load_prompts, load_split, prompts_of_draw, save_prompts
-from model import find_end_of_turn, load_policy_tokenizer
+from model import find_end_of_turn, load_tokenizer
 from prepare import make_arithmetic, make_xiehouyu
 from rewards import add, compute_score, steps_to_take, subtract, to_chinese
 from rollout import collate_prompts
@@ -43,7 +43,7 @@ def test_no_problem_stands_in_two_files():
     assert not questions["test"] & questions["train"] | questions["test"] & questions["sft"]
 
 
-def test_held_out_sayings_are_asked_for_in_words_that_training_has_not():
+def test_validation_sayings_are_asked_for_in_words_that_training_has_not():
     sayings = make_xiehouyu()
     questions = {name: {question for question, _, _ in rows} for name, rows in sayings.items()}
     assert {name: len(found) for name, found in questions.items()} == {"test": 128, "sft": 896, "train": 512}
@@ -149,25 +149,25 @@ def test_prompts_are_saved_as_they_were_read(tmp_path, tokenizer):
     assert hash_prompts(again) != hash_prompts(prompts)
 
 
-def test_a_group_that_might_not_fit_is_refused(data_file, tokenizer, read_flags):
+def test_a_group_that_might_not_fit_is_refused(data_file, tokenizer, parse_arguments):
     prompts = load_prompts(data_file, tokenizer, 64, None)
-    _, data_args, args = read_flags(max_response_length=64, ppo_max_token_len_per_gpu=256)
+    _, data_args, args = parse_arguments(max_response_length=64, ppo_max_token_len_per_gpu=256)
     with pytest.raises(UserError, match="4 replies to the longest prompt may have .* --ppo_max_token_len_per_gpu 256"):
         check_groups(prompts, data_args, args)
-    _, data_args, args = read_flags(max_response_length=32, ppo_max_token_len_per_gpu=256)
+    _, data_args, args = parse_arguments(max_response_length=32, ppo_max_token_len_per_gpu=256)
     check_groups(prompts, data_args, args)
 
 
-def test_held_out_prompts_are_not_learned_from(tmp_path, tokenizer, read_flags):
+def test_validation_prompts_are_not_learned_from(tmp_path, tokenizer, parse_arguments):
     rows = [{"prompt": question, "ground_truth": "二"} for question in QUESTIONS]
     train, test = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[:5])
-    _, data_args, _ = read_flags(data_path=train, eval_data_path=test, validation_split=None)
-    prompts, held_out = load_split(data_args, tokenizer, 1, str(tmp_path))
-    assert len(held_out) == 5 and len(prompts) == len(rows) - 5
-    _, data_args, _ = read_flags(data_path=train, validation_split=0.25)
-    prompts, held_out = load_split(data_args, tokenizer, 1, str(tmp_path))
+    _, data_args, _ = parse_arguments(data_path=train, eval_data_path=test, validation_split=None)
+    prompts, validation = load_split(data_args, tokenizer, 1, str(tmp_path))
+    assert len(validation) == 5 and len(prompts) == len(rows) - 5
+    _, data_args, _ = parse_arguments(data_path=train, validation_split=0.25)
+    prompts, validation = load_split(data_args, tokenizer, 1, str(tmp_path))
     asked = {prompt.messages[0]["content"] for prompt in prompts}
-    assert len(held_out) == 16 and not asked & {prompt.messages[0]["content"] for prompt in held_out}
+    assert len(validation) == 16 and not asked & {prompt.messages[0]["content"] for prompt in validation}
 
 
 def test_each_epoch_draws_every_prompt_once(data_file, tokenizer):
@@ -190,14 +190,14 @@ def test_prompts_are_padded_on_the_left(tmp_path, tokenizer):
     assert np.unique(batch["input_ids"][0, : -lengths[0]]).tolist() == [tokenizer.pad_token_id]
 
 
-def test_eos_is_what_ends_a_turn(tmp_path, tokenizer, read_flags):
+def test_eos_is_what_ends_a_turn(tmp_path, tokenizer, parse_arguments):
     assert find_end_of_turn(tokenizer) == "<|im_end|>"
     folder = make_policy(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     config["eos_token"] = "<|endoftext|>"  # as base models come
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
-    model_args, _, _ = read_flags(model_name_or_path=folder)
-    assert load_policy_tokenizer(model_args).eos_token == "<|im_end|>"
+    model_args, _, _ = parse_arguments(model_name_or_path=folder)
+    assert load_tokenizer(model_args).eos_token == "<|im_end|>"
 
 
 def test_saved_tokenizer_is_the_one_that_was_trained(tmp_path):
@@ -213,19 +213,19 @@ def test_saved_tokenizer_is_the_one_that_was_trained(tmp_path):
     assert [trained.decode([token]) for token in ids][3:7] == ["三", "加", "二", "五"]
 
 
-def test_models_that_cannot_be_used(tmp_path, read_flags):
-    model_args, _, _ = read_flags(model_name_or_path=str(tmp_path / "nowhere"))
+def test_models_that_cannot_be_used(tmp_path, parse_arguments):
+    model_args, _, _ = parse_arguments(model_name_or_path=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no model could be read there"):
-        load_policy_tokenizer(model_args)
+        load_tokenizer(model_args)
     folder = make_policy(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
-    model_args, _, _ = read_flags(model_name_or_path=folder)
+    model_args, _, _ = parse_arguments(model_name_or_path=folder)
     with pytest.raises(UserError, match="no chat template"):
-        load_policy_tokenizer(model_args)
+        load_tokenizer(model_args)
     hybrid = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2)
     hybrid.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="it has layers of linear_attention"):
-        load_policy_tokenizer(model_args)
+        load_tokenizer(model_args)
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,12 @@ def test_models_that_cannot_be_used(tmp_path, read_flags):
         ({"max_num_gen_batches": 8}, "no effect on grpo"),
     ],
 )
-def test_flags_that_cannot_work(read_flags, changes, message):
+def test_flags_that_cannot_work(parse_arguments, changes, message):
     with pytest.raises(UserError, match=message):
-        read_flags(**changes)
+        parse_arguments(**changes)
 
 
-def test_more_workers_than_cores(read_flags, tmp_path):
+def test_more_workers_than_cores(parse_arguments, tmp_path):
     from cluster import local_cluster
 
     with pytest.raises(UserError, match="500 processes asked for"), local_cluster(500, tmp_path):
@@ -260,11 +260,11 @@ def test_more_workers_than_cores(read_flags, tmp_path):
 
 
 def test_flags_from_a_file(monkeypatch, tmp_path):
-    from arguments import read_flags
+    from arguments import parse_arguments
 
     yaml = "algorithm: dapo\ntrain_batch_size: 64\nlearning_rate: 1e-6\nbf16: false\nuse_lora: true\n"
     (tmp_path / "my.yaml").write_text(yaml + "target_modules: [q_proj, v_proj]\neval_data_path: null\n")
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "my.yaml")])
-    model_args, _, args = read_flags()
+    model_args, _, args = parse_arguments()
     assert (args.learning_rate, args.bf16, model_args.target_modules) == (1e-6, False, ["q_proj", "v_proj"])
     assert (args.algorithm, args.train_batch_size, args.clip_ratio_high, args.kl_loss_coef) == ("dapo", 64, 0.28, 0)

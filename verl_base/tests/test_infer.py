@@ -11,8 +11,8 @@ from nbclient import NotebookClient
 
 from conftest import RECIPE, make_policy
 from data import Prompt
-from demo import build_comparison
-from infer import load_policy, main, read_results, sample_scored
+from demo import build_demo
+from infer import load_trained_model, main, read_results, sample_scored
 from rewards import compute_score
 from rows import UserError
 
@@ -30,7 +30,7 @@ def output(tmp_path_factory, policy_folder, data_file, reward_file) -> str:
     steps = [{"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "reply_length": 9.0} for step in (1, 2)]
     history = [before, *({**row, "equal_groups": 1} for row in steps), after]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-    shutil.copy(data_file, folder / "held_out.jsonl")
+    shutil.copy(data_file, folder / "validation.jsonl")
     results = {"model": policy_folder, "reward_function": reward_file, "max_response_length": 64}
     results["trust_remote_code"] = False
     (folder / "train_results.json").write_text(json.dumps({**results, "before": before, "after": after}))
@@ -52,7 +52,7 @@ def test_command_line_asks_both_models(output, capsys, tmp_path):
 
 def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     Path(output, "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "top_p": 0.001}))
-    model, _ = load_policy(output)
+    model, _ = load_trained_model(output)
     prompt = Prompt([{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", "here")
     rows = sample_scored(model, tokenizer, prompt, compute_score, max_new_tokens=64, n=4)
     assert len({row["reply"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
@@ -60,7 +60,7 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     with pytest.raises(UserError, match="no train_results.json there"):
         read_results(str(RECIPE / "tests"))
     with pytest.raises(UserError, match="no trained model there"):
-        load_policy(str(RECIPE / "tests"))
+        load_trained_model(str(RECIPE / "tests"))
 
 
 @pytest.mark.skipif(
@@ -69,8 +69,8 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
 def test_page_shows_both_models_and_errors(output, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    demo = build_comparison(
-        load_policy(read_results(output)["model"]), load_policy(output), compute_score, max_new_tokens=64
+    demo = build_demo(
+        load_trained_model(read_results(output)["model"]), load_trained_model(output), compute_score, max_new_tokens=64
     )
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     with sync_playwright() as playwright:

@@ -44,8 +44,8 @@ SHOWN = {
         r"proof: scores 10 50 90 130 170 in the order of the rows, 3 by rank 0 and 2 by rank 1",
     ],
     "base01_worker_and_ray.code04_custom_dispatch": [
-        r"dealt in halves: rank +0 +0 +0 +0 +1 +1 +1 +1 +\[22, 128\]",
-        r"dealt by length: .* +\[75, 75\]",
+        r"assigned in halves: rank +0 +0 +0 +0 +1 +1 +1 +1 +\[22, 128\]",
+        r"assigned by length: .* +\[75, 75\]",
         r"proof: tokens per rank \[75, 75\], rows in order",
     ],
     "base01_worker_and_ray.code05_generate": [

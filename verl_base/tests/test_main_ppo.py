@@ -90,7 +90,7 @@ def find_metric(name: str, shown: str) -> list[float]:
 def test_rows_become_verls_parquet(task, tmp_path):
     make_parquet(task, tmp_path)
     train = pd.read_parquet(tmp_path / "train.parquet")
-    assert len(train) == len(QUESTIONS) - 4  # the held-out questions are none of them
+    assert len(train) == len(QUESTIONS) - 4  # the validation questions are none of them
     assert list(train["prompt"][0]) == [{"role": "user", "content": QUESTIONS[4]}]
     assert train["reward_model"][0]["ground_truth"] == "八" and train["data_source"][0] == "arithmetic"
     assert train["extra_info"][0]["source"] == f"{task}/train.jsonl:5"

@@ -1,4 +1,4 @@
-"""Judging and comparing: advantages by hand, replies without a score, groups without a lesson."""
+"""Judging and comparing: advantages by hand, replies without a score, groups of equal scores."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_reply_without_a_score_takes_no_part(tokenizer):
     assert statistics["bad_rewards"] == 1 and statistics["reward"] == pytest.approx(2 / 7)
 
 
-def test_groups_without_a_lesson_are_counted(tokenizer):
+def test_groups_of_equal_scores_are_counted(tokenizer):
     nan = float("nan")
     rollout, judged = judge(tokenizer, [1.0, 1.0, 0.0, 1.0, nan, 0.0, nan, nan], prompts=4)
     assert find_equal_groups(judged).tolist() == [True, False, True, True]

@@ -59,8 +59,8 @@ def rollout_file(tmp_path_factory):
     return tmp_path_factory.mktemp("rollout") / "rollout"
 
 
-def test_sampled_log_probs_are_the_models(start, read_flags, prompts, tokenizer, policy_folder, rollout_file):
-    model_args, _, args = read_flags(kl_loss_coef=0.01)
+def test_sampled_log_probs_are_the_models(start, parse_arguments, prompts, tokenizer, policy_folder, rollout_file):
+    model_args, _, args = parse_arguments(kl_loss_coef=0.01)
     policy, reference = start(model_args, args)
     rollout = sample(policy, prompts[:6], tokenizer.pad_token_id, 4, temperature=1.0, seed=1)
     again = sample(policy, prompts[:6], tokenizer.pad_token_id, 4, temperature=1.0, seed=1)
@@ -100,7 +100,7 @@ def test_tokens_are_sampled_by_their_probabilities():
     torch.testing.assert_close(sampled.log_probs[0][:, 0], probabilities[tokens].log())
 
 
-def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_path):
+def test_replies_end_with_their_eos(start, parse_arguments, prompts, tokenizer, tmp_path):
     """The token that ends a turn, though the model's folder names another one, as those of base models do; and what a
     folder recommends for chatting has no say in training. One rank ends long before the other."""
     folder = make_policy(tmp_path / "base")
@@ -111,7 +111,7 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.5}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(recommended))
-    model_args, _, args = read_flags(model_name_or_path=folder)
+    model_args, _, args = parse_arguments(model_name_or_path=folder)
     policy, _ = start(model_args, args, reply_length=48)
     batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=32).batch
     assert batch["response_mask"].sum(1).tolist() == [5, 48, 2, 12]
@@ -129,13 +129,13 @@ def test_replies_end_with_their_eos(start, read_flags, prompts, tokenizer, tmp_p
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_update_is_that_of_a_plain_loop(
-    start, read_flags, prompts, tokenizer, processes, rollout_file, policy_folder, tmp_path
+    start, parse_arguments, prompts, tokenizer, processes, rollout_file, policy_folder, tmp_path
 ):
     """Clipped loss and KL, token mean over the global mini-batch, AdamW: same gradient norm, same weights to 1e-5."""
     from verl import DataProto
 
     flags = {"train_batch_size": 6, "ppo_mini_batch_size": 6, "nproc": processes, "ppo_max_token_len_per_gpu": 128}
-    model_args, _, args = read_flags(**flags, kl_loss_coef=0.1)
+    model_args, _, args = parse_arguments(**flags, kl_loss_coef=0.1)
     policy, _ = start(model_args, args)
     few_at_once = sample(policy, prompts[:24], tokenizer.pad_token_id, 4, temperature=1.0, seed=1)
     with torch.no_grad():
@@ -167,12 +167,12 @@ def test_an_update_is_that_of_a_plain_loop(
         torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=0)
 
 
-def test_lora_learns_adapters_only(start, read_flags, rollout_file, policy_folder, tmp_path):
+def test_lora_learns_adapters_only(start, parse_arguments, rollout_file, policy_folder, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from verl import DataProto
 
     flags = {"use_lora": "true", "lora_r": 4, "train_batch_size": 6, "ppo_mini_batch_size": 2, "learning_rate": 1e-2}
-    model_args, _, args = read_flags(**flags, entropy_coeff=0.01)
+    model_args, _, args = parse_arguments(**flags, entropy_coeff=0.01)
     policy, reference = start(model_args, args)
     assert reference is None  # the model without its adapters is the reference
     rollout = DataProto.load_from_disk(rollout_file)

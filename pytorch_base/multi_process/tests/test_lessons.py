@@ -1,7 +1,8 @@
 """Every command of the readme, run in a copy of the folder: what it prints, the numbers of its proof, what it leaves.
 
 Each lesson asserts its own claims; here the numbers are read once more, the tables are looked at, and lessons in which
-something is broken on purpose have to fail.
+something is broken on purpose have to fail. The scripts and two of the lessons run as they are typed, the others in
+processes of the warm server.
 """
 
 import ast
@@ -19,9 +20,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from warm import WarmServer
 
 FOLDER = Path(__file__).parents[1]
 WRITTEN_BY_RUNS = shutil.ignore_patterns("output", "tests", "__pycache__", ".*_cache")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not re.match("PYTHON|MASTER_|GLOO_|NPROC", name)}
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+# What the lessons import; torch.optim and DDP import the second when they are first used.
+MODULES = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+MODULES += ["torch.distributed.tensor.parallel"]
+# All three ways to start a process, and the lessons' usual one with shared memory.
+AS_TYPED = ("bash", "python code01", "python code02")
 # Command -> what has to be printed. A group is a number, and its bound stands behind: it has to be below.
 SHOWN = {
     "python code01_processes.py": [
@@ -129,50 +139,81 @@ def folder(tmp_path):
     return shutil.copytree(FOLDER, tmp_path / "别处 elsewhere" / "multi_process", ignore=WRITTEN_BY_RUNS)
 
 
+@pytest.fixture(scope="session")
+def server():
+    server = WarmServer(MODULES, ENVIRONMENT)
+    yield server
+    server.close()
+
+
 def start(command: str, folder: Path, **variables: str) -> subprocess.Popen:
     """Starts a command of the readme from another folder, with a mark that all its processes inherit."""
     program, file = command.split()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    kept = {name: value for name, value in os.environ.items() if not re.match("PYTHON|MASTER_|GLOO_|NPROC", name)}
-    environment = {**kept, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": uuid.uuid4().hex, **variables}
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable if program == "python" else program, str(folder / file)],
         cwd=folder.parent,
-        env=environment,
+        env=ENVIRONMENT | {"RUN_MARK": mark} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         start_new_session=True,
+        # a suite that was started in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    process.mark = environment["RUN_MARK"]
+    process.mark = mark
     return process
 
 
 def finish(process: subprocess.Popen) -> str:
     """What it printed. Ends what is left by the ids of the processes, and complains of it."""
-    timed_out = False
     try:
         text, _ = process.communicate(timeout=120)
+        left = end_what_is_left(process.mark, process.pid)
     except subprocess.TimeoutExpired:
-        timed_out = True
-    left = []
-    deadline = time.time() + 5  # helpers of multiprocessing end when they see that the program has
-    while (left := find_processes(process.mark)) and not timed_out and time.time() < deadline:
-        time.sleep(0.1)
-    for one in left:
-        with contextlib.suppress(psutil.Error):
-            one.kill()
-    if timed_out:
+        left = end_what_is_left(process.mark, process.pid, seconds=0)
         text, _ = process.communicate()
-    assert not timed_out and not left, f"timed out: {timed_out}, left: {left}\n{text}"
+    assert not left, f"left: {left}\n{text}"
     return text
 
 
-def find_processes(mark: str) -> list[psutil.Process]:
+def run_warm(lesson: str, folder: Path, server: WarmServer) -> tuple[int, str]:
+    """Status and text of a lesson in a process of the server, otherwise as by `start` and `finish`."""
+    mark = uuid.uuid4().hex
+    ended = server.run(folder / lesson, folder.parent, seconds=120, RUN_MARK=mark)
+    left = end_what_is_left(mark, ended.session)
+    text = ended.stdout + ended.stderr
+    assert not left, f"left: {left}\n{text}"
+    return ended.status, text
+
+
+def end_what_is_left(mark: str, session: int, seconds: float = 5) -> list[psutil.Process]:
+    """Kills the processes of a command that are still there after so many seconds.
+
+    Helpers of multiprocessing need a moment: they end when they see that the program has.
+    """
+    deadline = time.time() + seconds
+    while (left := find_processes(mark, session)) and time.time() < deadline:
+        time.sleep(0.1)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return left
+
+
+def find_processes(mark: str, session: int) -> list[psutil.Process]:
+    """By the mark, since torchrun's ranks have sessions of their own, and by the session, since a forked process shows
+    the environment with which the server began.
+
+    Args:
+        session: one that a test began, so the id of a process of its own; 0 is that of the machine's.
+    """
+    assert session > 1
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RUN_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error, OSError):
+            own = os.getsid(process.pid) == session or process.environ().get("RUN_MARK") == mark
+            if own and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
@@ -187,11 +228,29 @@ def check(text: str, patterns: list) -> None:
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_lesson_proves_its_point_and_leaves_no_process(command, folder):
-    process = start(command, folder)
-    text = finish(process)
-    assert process.returncode == 0, text
+def test_lesson_proves_its_point_and_leaves_no_process(command, folder, server):
+    if command.startswith(AS_TYPED):
+        process = start(command, folder)
+        text = finish(process)
+        status = process.returncode
+    else:
+        status, text = run_warm(command.split()[1], folder, server)
+    assert status == 0, text
     check(text, SHOWN[command])
+
+
+@pytest.mark.parametrize("way", ["as typed", "warm"])
+def test_process_that_a_lesson_leaves_is_seen(way, tmp_path, server):
+    """As typed in another session, as torchrun's ranks are; warm with the server's environment, as all are."""
+    child = "os.setsid(); time.sleep(60)" if way == "as typed" else "time.sleep(60)"
+    (tmp_path / "leaves.py").write_text(f"import os, time\nif not os.fork():\n    {child}\n")
+    if way == "as typed":
+        process = start("python leaves.py", tmp_path)
+        process.wait(timeout=120)
+        mark, session = process.mark, process.pid
+    else:
+        mark, session = uuid.uuid4().hex, server.run(tmp_path / "leaves.py", tmp_path, seconds=120).session
+    assert len(end_what_is_left(mark, session, seconds=0)) == 1
 
 
 def free_port() -> str:
@@ -215,7 +274,6 @@ def test_two_nodes_form_one_job(folder):
 
 
 def test_node_that_waits_for_the_other_ends_on_ctrl_c(folder):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     process = start("bash run_code062.sh", folder, MASTER_PORT=free_port())
     assert any(line.startswith("+ wait") for line in process.stdout)
     time.sleep(3)  # torchrun has begun to wait; before that it would end, too
@@ -225,19 +283,26 @@ def test_node_that_waits_for_the_other_ends_on_ctrl_c(folder):
 
 
 @pytest.mark.parametrize("lesson", BROKEN)
-def test_broken_lesson_fails(lesson, folder):
+def test_broken_lesson_fails(lesson, folder, server):
     path, (right, wrong) = folder / lesson, BROKEN[lesson]
     assert path.read_text().count(right) == 1
     path.write_text(path.read_text().replace(right, wrong))
-    process = start(f"python {lesson}", folder)
-    text = finish(process)
-    assert process.returncode == 1 and "AssertionError" in text and "proof:" not in text, text
+    status, text = run_warm(lesson, folder, server)
+    assert status == 1 and "AssertionError" in text and "proof:" not in text, text
 
 
-def test_lesson_for_torchrun_says_how_to_start_it(folder):
-    process = start("python code05_torchrun.py", folder)
-    assert finish(process) == "error: this lesson needs torchrun to start it: bash run_code05.sh\n"
-    assert process.returncode == 1
+def test_lesson_for_torchrun_says_how_to_start_it(folder, server):
+    message = "error: this lesson needs torchrun to start it: bash run_code05.sh\n"
+    assert run_warm("code05_torchrun.py", folder, server) == (1, message)
+
+
+def test_lessons_find_in_torch_what_they_name():
+    """Without more imports than `import torch`: the server has more, and would hide that a lesson lacks one."""
+    nodes = [node for path in FOLDER.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    names = sorted(name.removeprefix("torch.") for name in names if re.fullmatch(r"torch(\.\w+)+", name))
+    find = "import operator, sys, torch; operator.attrgetter(*sys.argv[1:])(torch)"
+    subprocess.run([sys.executable, "-c", find, *names], check=True, timeout=120)
 
 
 def test_lessons_are_short_and_share_nothing():

@@ -1,9 +1,7 @@
-"""Runs of train.py, in this process or by torchrun, on a tiny model and a handful of conversations."""
+"""A tiny model and a handful of conversations."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 
 RECIPE = Path(__file__).parent.parent
 sys.path.insert(0, str(RECIPE))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳"
 
@@ -38,20 +35,20 @@ def write_rows(path: Path, rows: list) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_glm(tmp_path_factory) -> str:
+def tiny_folder(tmp_path_factory) -> str:
     """A saved tiny GLM-4 with its tokenizer."""
-    from model import build_tiny_glm
+    from tiny import build_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_glm([message["content"] for row in make_conversations(50) for message in row["messages"]], str(folder))
+    build_tiny_model([message["content"] for row in make_conversations(50) for message in row["messages"]], str(folder))
     return str(folder)
 
 
 @pytest.fixture(scope="session")
-def glm_tokenizer(tiny_glm):
+def tokenizer(tiny_folder):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_glm)
+    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="session")
@@ -64,42 +61,3 @@ def data_file(tmp_path_factory) -> str:
 def eval_file(tmp_path_factory) -> str:
     """A single held-out row, so that a second rank has none."""
     return write_rows(tmp_path_factory.mktemp("data") / "eval.jsonl", make_conversations(1, seed=1))
-
-
-def read_history(output_dir) -> list[dict]:
-    return json.loads(Path(output_dir, "trainer_state.json").read_text())["log_history"]
-
-
-def losses(output_dir, key: str = "loss") -> list[float]:
-    return [entry[key] for entry in read_history(output_dir) if key in entry]
-
-
-def train_here(monkeypatch, *flags) -> None:
-    """train.main() in this process on the CPU; Accelerate's process-wide state is taken down afterwards."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    import train
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--use_cpu", "true", *map(str, flags)])
-    try:
-        train.main()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
-def train_command(*flags, processes: int = 1) -> list[str]:
-    launch = [sys.executable]
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return [*launch, "train.py", "--use_cpu", "true", *map(str, flags)]
-
-
-def run_train(*flags, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """train.py in processes of its own."""
-    result = subprocess.run(
-        train_command(*flags, processes=processes), cwd=RECIPE, capture_output=True, text=True, timeout=180
-    )
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result

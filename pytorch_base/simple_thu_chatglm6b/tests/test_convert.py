@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
+from ranks import losses, train_here
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from code03_chatglm2 import chatglm2_forward
-from conftest import RECIPE, losses, make_conversations, train_here, write_rows
+from conftest import RECIPE, make_conversations, write_rows
 from convert_to_glm import convert
 from data import encode_conversation
 from rows import UserError

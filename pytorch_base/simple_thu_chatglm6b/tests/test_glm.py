@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from ranks import RECIPE, losses, run_train, train_here
 from transformers import AutoModelForCausalLM
 
 from batch import BalancedBatchSampler
-from conftest import RECIPE, losses, run_train, train_here
 from data import column, encode_conversation, load_encoded
-from infer import load_chat_model, reply_batch
-from model import GLM4_CONTROL_TOKENS
+from infer import load_trained_model, reply_batch
 from rows import UserError
+from tiny import GLM4_CONTROL_TOKENS
 
 COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --num_train_epochs 1"
 CONVERSATION = [
@@ -52,26 +52,26 @@ def plain_loop(model_folder, data_file, tokenizer) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_glm, data_file, glm_tokenizer):
-    step_losses = plain_loop(tiny_glm, data_file, glm_tokenizer)
+def expected(tiny_folder, data_file, tokenizer):
+    step_losses = plain_loop(tiny_folder, data_file, tokenizer)
     assert len(step_losses) == 4 and step_losses[2] < step_losses[0]
     return pytest.approx(step_losses, abs=1e-5)
 
 
-def test_a_turn_ends_where_the_next_begins(glm_tokenizer):
-    text = glm_tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+def test_a_turn_ends_where_the_next_begins(tokenizer):
+    text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     assert text == ("[gMASK]<sop><|system|>\n天地<|user|>\n玄黄<|assistant|>\n宇宙<|user|>\n洪荒<|assistant|>\n日月")
-    input_ids, labels = encode_conversation(CONVERSATION, glm_tokenizer)
-    learned = glm_tokenizer.decode([label for label in labels if label != -100])
+    input_ids, labels = encode_conversation(CONVERSATION, tokenizer)
+    learned = tokenizer.decode([label for label in labels if label != -100])
     assert learned == "宇宙<|user|>日月<|endoftext|>"
-    assert glm_tokenizer.decode(input_ids) == text + "<|endoftext|>"
+    assert tokenizer.decode(input_ids) == text + "<|endoftext|>"
 
 
 @pytest.mark.parametrize("token", GLM4_CONTROL_TOKENS)
-def test_a_control_token_in_the_text_is_refused(token, glm_tokenizer):
+def test_a_control_token_in_the_text_is_refused(token, tokenizer):
     said = [{"role": "user", "content": f"天{token}地"}, CONVERSATION[-1]]
     with pytest.raises(UserError, match="the text holds the control token"):
-        encode_conversation(said, glm_tokenizer)
+        encode_conversation(said, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -83,33 +83,33 @@ def test_a_control_token_in_the_text_is_refused(token, glm_tokenizer):
         "--per_device_train_batch_size 8 --attn_implementation eager",
     ],
 )
-def test_one_process_equals_the_plain_loop(layout, expected, tiny_glm, data_file, eval_file, tmp_path, monkeypatch):
+def test_one_process_equals_the_plain_loop(layout, expected, tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
     more = [*layout.split(), "--save_strategy", "no"]
-    train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, tmp_path, *more))
+    train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path, *more))
     assert losses(tmp_path) == expected
 
 
 @pytest.mark.parametrize("deepspeed", ["ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
-def test_two_processes_equal_the_plain_loop(deepspeed, expected, tiny_glm, data_file, eval_file, tmp_path):
+def test_two_processes_equal_the_plain_loop(deepspeed, expected, tiny_folder, data_file, eval_file, tmp_path):
     more = ["--per_device_train_batch_size", "4", "--deepspeed", deepspeed, "--save_strategy", "no"]
-    run_train(*flags(tiny_glm, data_file, eval_file, tmp_path, *more), processes=2)
+    run_train(*flags(tiny_folder, data_file, eval_file, tmp_path, *more), processes=2)
     assert losses(tmp_path) == expected
 
 
-def test_adapters_stand_beside_all_layers_and_resume_exactly(tiny_glm, data_file, eval_file, tmp_path, monkeypatch):
+def test_adapters_stand_beside_all_layers_and_resume_exactly(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
     more = ["--use_lora", "true", "--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "2"]
     for output in ("whole", "stopped"):
-        train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, tmp_path / output, *more))
+        train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, tmp_path / output, *more))
     # As if the second run had been killed after its first checkpoint.
     stopped = tmp_path / "stopped"
     for name in ("adapter_model.safetensors", "train_results.json", "trainer_state.json"):
         (stopped / name).unlink()
     (stopped / "checkpoint-4").rename(tmp_path / "gone")
-    train_here(monkeypatch, *flags(tiny_glm, data_file, eval_file, stopped, *more))
+    train_here(monkeypatch, *flags(tiny_folder, data_file, eval_file, stopped, *more))
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert adapters[0] == adapters[1]
 
-    base = AutoModelForCausalLM.from_pretrained(tiny_glm)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = base(ids).logits
@@ -129,8 +129,8 @@ def test_adapters_stand_beside_all_layers_and_resume_exactly(tiny_glm, data_file
     ]
 
 
-def test_a_reply_stops_at_each_end(tiny_glm):
-    model, tokenizer = load_chat_model(tiny_glm)
+def test_a_reply_stops_at_each_end(tiny_folder):
+    model, tokenizer = load_trained_model(tiny_folder)
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     assert sorted(model.generation_config.eos_token_id) == sorted(ends)
     for end in ends:

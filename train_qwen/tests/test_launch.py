@@ -1,0 +1,132 @@
+"""The launch scripts as a user types them: by bash and the real torchrun, from any folder, on several machines."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import RECIPE, losses, start_script
+
+from launch import find_interface
+
+SHORT = ["--max_steps", "2", "--save_strategy", "no", "--logging_steps", "1", "--eval_strategy", "no"]
+
+
+def test_relative_paths_are_those_of_the_caller_s_folder(tiny_folder, data_file, tmp_path):
+    (tmp_path / "my data").mkdir()
+    shutil.copy(data_file, tmp_path / "my data" / "train.jsonl")
+    shutil.copytree(tiny_folder, tmp_path / "my_model")
+    paths = {"DATA": "my data", "MODEL": "my_model", "NPROC": "1"}
+    run = start_script("train.sh", "my output", *SHORT, folder=tmp_path, **paths)
+    assert run.communicate(timeout=120) and run.returncode == 0
+    assert (tmp_path / "my output" / "adapter_model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"my data", "my_model", "my output"}
+
+
+def test_the_error_stands_last(tmp_path):
+    run = start_script("train_zero2.sh", tmp_path, MODEL="./my_model")
+    screen, _ = run.communicate(timeout=120)
+    assert run.returncode == 1 and "Traceback" not in screen
+    said = [line for line in screen.splitlines() if not line.startswith("DeepSpeed ")]  # the other rank may say that
+    assert said[-1].startswith("error: ./my_model: no model could be read there")
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path):
+    (tmp_path / "rank.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    command = [sys.executable, "launch.py", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "rank.py")]
+    run = subprocess.run(command, cwd=RECIPE, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: process 0 was ended from outside by SIGKILL; the kernel does")
+
+
+def test_the_interface_is_the_one_that_leads_there():
+    assert find_interface("127.0.0.1") == "lo"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def namespaces(tmp_path):
+    """Two network namespaces joined by a cable, where the machine's own name leads to 127.0.1.1, as on Debian."""
+    names = [f"zero-{os.getpid()}-{node}" for node in (0, 1)]
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n10.77.0.1 first\n10.77.0.2 second\n"
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True) if shutil.which("ip") else None
+        pytest.skip(f"no network namespaces here: {error}")
+    for node, name in enumerate(names):
+        ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"cable{node}")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", f"cable{node}", "up")
+        Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
+        Path("/etc/netns", name, "hosts").write_text(hosts)
+    yield names
+    for name in names:
+        ip("netns", "delete", name)
+        shutil.rmtree(f"/etc/netns/{name}")
+
+
+def train_on_two_nodes(script, prefixes, address, data_file, tiny_folder, output) -> list[str]:
+    """The same script on both nodes; what each prints."""
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    variables = {"NNODES": "2", "MASTER_ADDR": address, "MASTER_PORT": str(get_free_port()), "NPROC": "1"}
+    variables |= {"MODEL": tiny_folder, "DATA": data_file}
+    nodes = [
+        start_script(script, output, *SHORT, prefix=prefix, NODE_RANK=str(rank), **variables)
+        for rank, prefix in enumerate(prefixes)
+    ]
+    screens = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], screens
+    return screens
+
+
+def test_two_launchers_form_one_run(tiny_folder, data_file, tmp_path):
+    screens = train_on_two_nodes("train_zero3.sh", [[], []], "127.0.0.1", data_file, tiny_folder, tmp_path / "two")
+    assert "x 2 processes" in screens[0] and (tmp_path / "two" / "adapter_model.safetensors").exists()
+
+
+def test_two_machines_form_one_run(namespaces, tiny_folder, data_file, tmp_path):
+    prefixes = [["ip", "netns", "exec", name] for name in namespaces]
+    screens = train_on_two_nodes("train.sh", prefixes, "10.77.0.1", data_file, tiny_folder, tmp_path / "two")
+    assert "x 2 processes" in screens[0] and len(losses(tmp_path / "two")) == 2
+
+
+def test_the_deepspeed_launcher_starts_it_too(tiny_folder, data_file, tmp_path):
+    flags = ["--use_cpu", "true", "--deepspeed", "ds_zero2_no_offload.json", "--model_name_or_path", tiny_folder]
+    flags += ["--data_path", data_file, "--output_dir", str(tmp_path), *SHORT]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["deepspeed", "--num_accelerators", "2", "train.py", *flags]
+    run = subprocess.run(command, cwd=RECIPE, env=environment, capture_output=True, text=True, timeout=150)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "x 2 processes" in run.stdout and len(losses(tmp_path)) == 2
+
+
+def test_ctrl_c_leaves_no_process_and_no_lock(tiny_folder, data_file, tmp_path):
+    from checkpoint import lock_output_dir
+
+    flags = ["--num_train_epochs", "1000", "--save_strategy", "steps", "--save_steps", "2"]
+    launcher = start_script("train.sh", tmp_path, *flags, MODEL=tiny_folder, DATA=data_file, NPROC="2")
+    deadline = time.time() + 90
+    while not list(tmp_path.glob("checkpoint-*")) and time.time() < deadline:
+        time.sleep(0.1)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 2
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGINT
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    lock_output_dir(str(tmp_path)).close()
