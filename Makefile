@@ -1,10 +1,12 @@
 # Each target is what you could type yourself. PYTHON=python3.12 make demo takes another Python for the environment.
 PYTHON ?= python3
-ACTIVATE = . .venv/bin/activate
+# Environments that share PyTorch's cache of built operators rebuild DeepSpeed's each time that they alternate.
+ACTIVATE = . .venv/bin/activate && export TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions
 # verl_base has an environment of its own: its library pins an older transformers than the other recipes use.
 VERL = . .venv-verl/bin/activate
+PYTEST = python -m pytest --durations=10
 
-.PHONY: demo verl test lint notebooks bench
+.PHONY: demo verl test defaults lint notebooks bench
 
 demo: .venv/demo
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh
@@ -16,17 +18,30 @@ verl: .venv-verl/ready
 
 # The pages are clicked in real time, so their tests have the machine to themselves.
 test: .venv/test .venv-verl/test
-	$(ACTIVATE) && python -m pytest tests
-	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_page.py
-	$(ACTIVATE) && cd chinese_classifier && python -m pytest tests/test_page.py
-	$(ACTIVATE) && cd train_qwen && python -m pytest tests -n 2 --ignore tests/test_page.py
-	$(ACTIVATE) && cd train_qwen && python -m pytest tests/test_page.py
-	$(ACTIVATE) && cd pytorch_base/multi_process && python -m pytest tests -n 2
-	$(ACTIVATE) && cd pytorch_base/transformers_flow && python -m pytest tests -n 2
-	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests -n 2 --dist loadgroup --ignore tests/test_page.py
-	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && python -m pytest tests/test_page.py
-	$(VERL) && cd verl_base && python -m pytest tests -n 2 --dist loadfile --ignore tests/test_infer.py
-	$(VERL) && cd verl_base && python -m pytest tests/test_infer.py
+	$(ACTIVATE) && $(PYTEST) tests -n 2
+	$(ACTIVATE) && cd chinese_classifier && $(PYTEST) tests -n 2 --dist loadfile --ignore tests/test_page.py
+	$(ACTIVATE) && cd chinese_classifier && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd train_qwen && $(PYTEST) tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd train_qwen && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd pytorch_base/multi_process && $(PYTEST) tests -n 2
+	$(ACTIVATE) && cd pytorch_base/transformers_flow && $(PYTEST) tests -n 2
+	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
+	$(VERL) && cd verl_base && $(PYTEST) tests -n 2 --dist loadfile --ignore tests/test_infer.py
+	$(VERL) && cd verl_base && $(PYTEST) tests/test_infer.py
+
+# Every recipe's default in full and afresh, and what its readme says that it reaches: about 25 minutes, before a release.
+defaults: .venv/test .venv-verl/ready
+	$(ACTIVATE) && bash train_qwen/train_zero2.sh --overwrite_output_dir true
+	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --at_least 18
+	python3 tests/check_results.py train_qwen/output_zero2/train_results.json "eval_loss_after < 1.8"
+	$(ACTIVATE) && bash chinese_classifier/train_zero2.sh --overwrite_output_dir true
+	python3 tests/check_results.py chinese_classifier/output_zero2/train_results.json "test_accuracy > 0.845"
+	$(ACTIVATE) && cd chinese_classifier && DATA=words OUTPUT=output_words bash train_zero2.sh --overwrite_output_dir true
+	python3 tests/check_results.py chinese_classifier/output_words/train_results.json "test_accuracy > 0.85"
+	$(ACTIVATE) && bash pytorch_base/simple_thu_chatglm6b/train_zero2.sh --overwrite_output_dir true
+	python3 tests/check_results.py pytorch_base/simple_thu_chatglm6b/output_zero2/train_results.json "eval_loss_after < 0.05"
+	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
+	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
 lint: .venv/test
 	$(ACTIVATE) && ruff check . && ruff format --check .

@@ -3,7 +3,7 @@
     python tests/copies.py                                        shows what differs
     python tests/copies.py --fix train_qwen/rows.py               carries this file, and its blocks, to all other copies
     python tests/copies.py --list train_qwen/rows.py              where its copies are
-    python tests/copies.py --new chinese_bloom --from train_qwen  a new recipe: shared files as they are, its own to edit
+    python tests/copies.py --new chinese_bloom --from train_qwen  a new recipe: the shared files, and its own to edit
 
 A shared file has the line `# The same in every recipe that has it: ...` under its docstring (DeepSpeed's JSON needs
 none). A block stands between `# >>> name` and `# <<< name`, in a script or in a recipe's own Python file.

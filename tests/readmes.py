@@ -22,7 +22,7 @@ class Readme:
 
 def list_readmes(root: Path) -> list[str]:
     names = {"README.md", "README_zh.md", "CONTRIBUTING.md", "benchmarks/README.md"}
-    return [name for name in list_files(root) if name in names or name.endswith("/readme.md")]
+    return [name for name in list_files(root) if name in names or name.endswith(("/readme.md", "/readme_zh.md"))]
 
 
 def read_readme(root: Path, name: str) -> Readme:

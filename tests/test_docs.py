@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -247,31 +248,48 @@ def find_broken_links(root: Path) -> list[str]:
     return findings
 
 
-def find_language_gaps(root: Path) -> list[str]:
-    """Where README.md and README_zh.md say different things: commands, headings, table rows."""
-    files = list_files(root)
-    if missing := [name for name in ("README.md", "README_zh.md") if name not in files]:
-        return [f"{name}: not there" for name in missing]
-    english, chinese = (read_readme(root, name) for name in ("README.md", "README_zh.md"))
+NUMBER = re.compile(r"(?<![A-Za-z\d_.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
-    def essence(language, code):
+
+def essence(readme) -> dict[str, list]:
+    """What a page and its translation have in common: headings, table rows, code, and flags and figures in the text."""
+    found = {"headings": [], "table rows": [], "blocks": [], "code and figures of the text": []}
+    prose = []
+    for _, text in readme.text:
+        found["headings"] += re.findall(r"^#+ ", text)
+        found["table rows"] += [len(re.findall(r"(?<!\\)\|", text))] if text.lstrip().startswith("|") else []
+        prose.append(text)
+    text = re.sub(r"\]\([^)]*\)", "]", "\n".join(prose))
+    found["code and figures of the text"] = sorted(FLAG.findall(text) + NUMBER.findall(text))
+    for _, language, code in readme.blocks:
         if language in SHELL:
-            return [words for _, words in split_commands(code)]
-        # Listings and pictures are made of words, which are translated; in code only the comments are.
-        return "" if language in ("", "text", "mermaid") else re.sub(r"\s*#.*", "", code)
+            found["blocks"].append([words for _, words in split_commands(code)])
+        else:  # listings and pictures are made of words, which are translated; in code only the comments are
+            same = language in ("", "text", "mermaid")
+            found["blocks"].append(language if same else re.sub(r"\s*#.*", "", code))
+    return found
 
-    findings = []
-    if len(english.blocks) != len(chinese.blocks):
-        findings.append(f"README.md has {len(english.blocks)} blocks, README_zh.md {len(chinese.blocks)}")
-    for (line, *block), (line_zh, *block_zh) in zip(english.blocks, chinese.blocks, strict=False):
-        if block[0] != block_zh[0] or essence(*block) != essence(*block_zh):
-            findings.append(f"README.md:{line} and README_zh.md:{line_zh}: the blocks differ in more than comments")
-    for what, pattern in (("headings", r"#+ "), ("table rows", r"\s*\|")):
-        count, count_zh = (
-            sum(bool(re.match(pattern, text)) for _, text in readme.text) for readme in (english, chinese)
-        )
-        if count != count_zh:
-            findings.append(f"README.md has {count} {what}, README_zh.md {count_zh}")
+
+def find_language_gaps(root: Path) -> list[str]:
+    """Where a page and its Chinese twin say different things: README.md and each recipe's readme.md."""
+    findings, files = [], list_files(root)
+    for english in ["README.md", *(name for name in files if name.endswith("/readme.md"))]:
+        chinese = english.replace(".md", "_zh.md")
+        if chinese not in files:
+            findings.append(f"{chinese}: not there")
+            continue
+        ours, theirs = essence(read_readme(root, english)), essence(read_readme(root, chinese))
+        for what in ours:
+            if what == "code and figures of the text":
+                counts = Counter(ours[what]), Counter(theirs[what])
+                missing, added = counts[0] - counts[1], counts[1] - counts[0]
+                if missing or added:
+                    findings.append(f"{chinese}: lacks {sorted(missing)}, has besides {sorted(added)}")
+            elif ours[what] != theirs[what]:
+                pairs = zip(ours[what] + [None], theirs[what] + [None], strict=False)
+                first = next(((a, b) for a, b in pairs if a != b), None)
+                findings.append(f"{english} and {chinese}: {what} differ, first {first}")
     return findings
 
 
@@ -367,4 +385,14 @@ cd nowhere
         "#nothing",
         "chinese_bloom/",
     ]
-    assert len(find_language_gaps(root)) == 2  # the block, the table row
+    gaps = find_language_gaps(root)
+    assert [gap.split(":")[0] for gap in gaps] == ["README.md and README_zh.md"] * 2 + ["README_zh.md"]
+
+
+def test_a_figure_that_differs_is_found(make_tree):
+    pair = {
+        "README.md": "# A\nloss 6.97 -> 1.64 by `--lora_r 8`\n",
+        "README_zh.md": "# 甲\n损失 6.97 -> 1.63，`--lora_r 8`\n",
+    }
+    (gap,) = find_language_gaps(make_tree(pair))
+    assert gap == "README_zh.md: lacks ['1.64'], has besides ['1.63']"

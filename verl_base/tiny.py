@@ -22,6 +22,7 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+FIRST_LOOK = 120  # steps of tuning before its samples are judged
 ENOUGH = 0.4  # of its own examples; of questions that it has never seen it then gets about a third right
 
 
@@ -87,7 +88,7 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
         optimizer.step()
         warmup.step()
         optimizer.zero_grad()
-        if step >= 120 and step % every == 0:
+        if step >= FIRST_LOOK and step % every == 0:
             accuracy = sample_accuracy(model, tokenizer, rng.sample(rows, min(512, len(rows))))
             if accuracy >= ENOUGH:
                 return accuracy

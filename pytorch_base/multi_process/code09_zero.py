@@ -1,7 +1,7 @@
 """ZeRO stages 1, 2 and 3 by hand: what a rank holds at every moment of a step, and that all of them train like DDP.
 
 Why: with DDP every rank holds all parameters, gradients and Adam moments. ZeRO (Rajbhandari et al., arXiv:1910.02054)
-deals them out: stage 1 the moments, 2 the gradients too, 3 the parameters too. The backward pass is written out.
+partitions them: stage 1 the moments, 2 the gradients too, 3 the parameters too. The backward pass is written out.
 
     python code09_zero.py
 """

@@ -1,6 +1,6 @@
 """Elastic restart: rank 1 dies, torchrun starts all ranks again, and they go on from the last checkpoint.
 
-Why: on many machines something always fails. What makes a restart harmless is a checkpoint that is whole (written
+Why: on many machines something always fails. What makes a restart harmless is a checkpoint that is atomic (written
 beside, then renamed) and complete (weights, momentum, random numbers, step): the final weights are bit for bit those of
 a run in which nothing happened. Always on the CPU, since two kinds of devices would be compared otherwise.
 

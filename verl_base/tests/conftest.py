@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -88,12 +89,28 @@ def ray_here(tmp_path_factory):
     import ray
     from ray._private import parameter
 
-    folder = tmp_path_factory.mktemp("ray")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with contextlib.chdir(folder):  # a socket's path has at most 107 characters
-        listener.bind("warm")
-    listener.listen(16)
     parameters = functools.partial(parameter.RayParams, setup_worker_path=str(WARM_WORKER))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="warm-"))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        listener.bind(f"{folder}/socket")
+        listener.listen(16)
+        settings = {"WARM_WORKERS": f"{folder}/socket", "RAY_prestart_worker_first_driver": "0"}
+        with mock.patch.object(parameter, "RayParams", parameters), mock.patch.dict(os.environ, settings):
+            stack.enter_context(cluster.local_cluster(2, tmp_path_factory.mktemp("ray")))
+        raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+        # Ray reads the first two when it is imported, and only NVML can look for GPUs without spoiling a fork.
+        environment = {"RAY_JOB_ID": ray.get_runtime_context().get_job_id(), "RAY_RAYLET_PID": str(raylet)}
+        environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONWARNINGS": "ignore"}
+        server = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, str(WARM_WORKER), "--serve", str(listener.fileno())],
+                env=os.environ | environment,
+                pass_fds=[listener.fileno()],
+            )
+        )
+        stack.callback(server.kill)
+        yield
 
 
 @pytest.fixture

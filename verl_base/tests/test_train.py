@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import write_rows
+import tiny
+from conftest import RECIPE, write_rows
+from rewards import add
 from rows import UserError
 
 
@@ -15,30 +17,54 @@ def read_history(output) -> list[dict]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_reward_rises_and_the_report_says_so(run_train, capsys):
+def write_sums(folder) -> dict[str, str]:
+    """The three files of a small task: sums of two digits, validation asks for them in other words than training."""
+    sums = [add(x, y) for x in range(5) for y in range(5)]
+    asked = [(question, f"答案：{answer}", answer) for question, _, answer in sums]
+    asked_otherwise = [(question.replace("等于几", "是多少"), reply, answer) for question, reply, answer in asked]
+    for name, rows in {"sft": asked + asked_otherwise, "train": asked, "test": asked_otherwise}.items():
+        rows = [
+            {"prompt": question, "ground_truth": answer, "data_source": "arithmetic"}
+            | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+            for question, reply, answer in rows
+        ]
+        write_rows(folder / f"{name}.jsonl", rows)
+    return {"data_path": f"{folder}/train.jsonl", "eval_data_path": f"{folder}/test.jsonl", "validation_split": None}
+
+
+def test_tiny_model_learns_and_the_report_says_so(run_train, capsys, tmp_path, monkeypatch):
+    """The default on a smaller task: the tiny model is tuned for a moment, then a few steps of GRPO."""
+    monkeypatch.setattr(tiny, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(tiny, "FIRST_LOOK", 20)
     output = run_train(
-        total_training_steps=25,
-        nproc=1,
-        learning_rate=1e-2,
-        train_batch_size=8,
-        ppo_mini_batch_size=4,
+        **write_sums(tmp_path),
+        model_name_or_path="tiny",
+        reward_function=f"{RECIPE}/rewards.py:compute_score",
+        total_training_steps=12,
+        learning_rate=1e-3,
+        lr_warmup_steps=2,
+        train_batch_size=16,
+        ppo_mini_batch_size=8,
+        ppo_epochs=2,
         rollout_n=8,
-        test_freq=10,
+        val_n=4,
+        test_freq=5,
     )
     history = read_history(output)
+    print(file=open("/tmp/proto/e2e.txt","a"), *[(r["step"], r["pass@1"], r["pass@4"]) for r in history if "pass@1" in r], [r["kl"] for r in history if "kl" in r], [r["reward"] for r in history if "kl" in r])
     rewards = [row["reward"] for row in history if "reward" in row]
-    assert len(rewards) == 25 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
-    assert [row["step"] for row in history if "pass@1" in row] == [0, 10, 20, 25]
+    assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3])
+    assert [row["step"] for row in history if "pass@1" in row] == [0, 5, 10, 12]
     first = next(row for row in history if "reward" in row)
     assert first["kl"] < 0.05 < [row["kl"] for row in history if "kl" in row][-1]
-    assert first["entropy"] == pytest.approx(5.7, abs=0.3)  # ln 297, of random weights
     results = json.loads((output / "train_results.json").read_text("utf-8"))
-    assert results["before"]["step"] == 0 and results["after"]["step"] == 25 and results["skipped_updates"] == 0
+    assert results["before"]["step"] == 0 and results["after"]["step"] == 12 and results["skipped_updates"] == 0
+    assert results["after"]["pass@1"] > results["before"]["pass@1"] + 0.1
     for name in ("reward.png", "samples.jsonl", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert (output / name).stat().st_size > 0
     screen = capsys.readouterr().out
-    assert "64 to learn from" not in screen and "58 to learn from, 6 held out" in screen
-    assert "first prompt    '<|im_start|>user\\n" in screen and "held out after step 25" in screen
+    assert "25 to learn from, 25 for validation" in screen and "validation after step 12" in screen
+    assert "first prompt    '<|im_start|>user\\n" in screen
 
 
 def test_resumed_run_equals_one_that_was_never_stopped(run_train, capsys, tmp_path):

@@ -1,4 +1,7 @@
-"""Each lesson, run by the command that it prints at its top, in a copy of its file alone. Times are never judged."""
+"""Each lesson, run in a copy of its file alone: what it prints, and that it leaves nothing. Times are never judged.
+
+One lesson and those that don't need torch run by the command at their top, the others in processes of the warm server.
+"""
 
 import ast
 import os
@@ -8,8 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import WarmServer
 
 LESSONS = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+# What the lessons import, and what the library imports when it is first used.
+MODULES = ["torch", "torch._dynamo", "transformers.models.qwen2.modeling_qwen2", "transformers.generation"]
+MODULES += ["transformers.trainer", "peft"]
+AS_TYPED = ["code01_tokenizers", "code01_unigram", "code03_attention"]
 SMALL = r"(0\.0e\+00|\d\.\de-(0[6-9]|[1-9]\d))"  # below 1e-5
 # What a lesson prints, in this order. Numbers in the proof are pinned where no other machine can have others.
 SHOWN = {
@@ -100,22 +109,31 @@ SHOWN = {
 }
 
 
+@pytest.fixture(scope="session")
+def server():
+    server = WarmServer(MODULES, ENVIRONMENT)
+    yield server
+    server.close()
+
+
 @pytest.mark.parametrize("lesson", SHOWN)
-def test_lesson_proves_its_point(lesson, tmp_path):
+def test_lesson_proves_its_point(lesson, tmp_path, server):
     source = (LESSONS / f"{lesson}.py").read_text(encoding="utf-8")
     (tmp_path / f"{lesson}.py").write_text(source, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.run(
-        [sys.executable, f"{lesson}.py"],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,  # the process is killed then
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
-    printed = process.stdout
+    if lesson in AS_TYPED:
+        process = subprocess.run(
+            [sys.executable, f"{lesson}.py"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=240,  # the process is killed then
+        )
+        status, printed, errors = process.returncode, process.stdout, process.stderr
+    else:
+        status, printed, errors, _ = server.run(tmp_path / f"{lesson}.py", tmp_path, seconds=240)
+    assert status == 0, errors[-5000:]
     for pattern in SHOWN[lesson]:
         found = re.search(pattern, printed)
         assert found, f"{pattern}\nis not in what is left of the output:\n{printed}"
@@ -123,6 +141,15 @@ def test_lesson_proves_its_point(lesson, tmp_path):
     assert printed.startswith("proof: ") and printed.count("\n") == 1, "the proof is not the last line"
     left = {path.name for path in tmp_path.iterdir()} - {f"{lesson}.py", "__pycache__"}
     assert not left, f"the lesson leaves {left} behind"
+
+
+def test_lessons_find_in_torch_what_they_name():
+    """Without more imports than `import torch`: the server has more, and would hide that a lesson lacks one."""
+    nodes = [node for path in LESSONS.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    names = sorted(name for name in names if re.fullmatch(r"(torch|nn)(\.\w+)+", name))
+    find = "import sys, torch\nfrom torch import nn\nfor name in sys.argv[1:]: eval(name)"
+    subprocess.run([sys.executable, "-c", find, *names], check=True, timeout=120)
 
 
 def test_every_lesson_is_short_explained_and_alone():

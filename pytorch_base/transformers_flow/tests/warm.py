@@ -75,7 +75,7 @@ class WarmServer:
         self.process.wait()
 
 
-def serve(connection: Connection, modules: list[str]) -> None:
+def serve(connection: Connection, modules: list[str]) -> NoReturn:
     """Forks a process for each lesson that is asked for, until nobody can ask any more."""
     for module in modules:
         importlib.import_module(module)
@@ -83,7 +83,7 @@ def serve(connection: Connection, modules: list[str]) -> None:
         try:
             request = connection.recv()
         except EOFError:
-            return
+            os._exit(0)
         lesson = os.fork()
         if not lesson:
             connection.close()
