@@ -8,7 +8,6 @@ import shutil
 
 import nbformat
 from nbclient import NotebookClient
-
 from ranks import RECIPE
 
 SHORTER = ("num_train_epochs=16", "num_train_epochs=6")

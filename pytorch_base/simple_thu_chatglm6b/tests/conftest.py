@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import RECIPE  # which sets the number of threads before torch is imported
 
-RECIPE = Path(__file__).parent.parent
 sys.path.insert(0, str(RECIPE))
 
 WORDS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳"

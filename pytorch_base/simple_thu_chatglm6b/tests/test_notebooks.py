@@ -8,7 +8,6 @@ import shutil
 
 import nbformat
 from nbclient import NotebookClient
-
 from ranks import RECIPE
 
 SHORTER = ("num_train_epochs=8", "num_train_epochs=3")
