@@ -59,5 +59,5 @@ def data_file(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def eval_file(tmp_path_factory) -> str:
-    """A single held-out row, so that a second rank has none."""
+    """A single validation row, so that a second rank has none."""
     return write_rows(tmp_path_factory.mktemp("data") / "eval.jsonl", make_conversations(1, seed=1))

@@ -23,6 +23,8 @@ RECIPE = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Environments that share PyTorch's cache of built operators rebuild DeepSpeed's each time that they alternate.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+# So they do at each change of ninja's version: the environment's own comes first, as in an activated one.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train", "deepspeed", "matplotlib.figure", "peft"])
@@ -124,7 +126,6 @@ def start_script(name: str, output, *flags, folder=None, prefix=(), **variables:
         prefix: words before `bash`.
     """
     environment = os.environ | {"OUTPUT": str(output)} | variables
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.Popen(
         [*prefix, "bash", f"{RECIPE}/{name}", *map(str, flags)],
         cwd=folder,

@@ -110,8 +110,8 @@ def test_too_long_a_conversation_loses_its_oldest_exchange_and_keeps_the_system_
     assert supervised_text(tokenizer, shorter["labels"]) == "等于四。<|im_end|>"
 
 
-def test_a_conversation_of_a_thousand_exchanges_keeps_as_many_of_the_newest_as_fit(tokenizer):
-    exchanges = [turns(("user", f"第{number}问？"), ("assistant", f"第{number}答。")) for number in range(1000)]
+def test_a_conversation_of_hundreds_of_exchanges_keeps_as_many_of_the_newest_as_fit(tokenizer):
+    exchanges = [turns(("user", f"第{number}问？"), ("assistant", f"第{number}答。")) for number in range(300)]
     encoded = encode_newest([TURNS[0], *sum(exchanges, [])], tokenizer, 400)
     dropped = encoded["exchanges_dropped"]
     assert supervised_text(tokenizer, encoded["labels"]).startswith(f"第{dropped}答。<|im_end|>第{dropped + 1}答。")
@@ -280,8 +280,8 @@ def test_bad_rows_stop_the_run_or_are_skipped_counted_and_written(tokenizer, tmp
     with pytest.raises(UserError, match=r"2 of 20 rows.*\n.*rows\.jsonl:5: no output\n.*rows\.jsonl:8: no assistant"):
         load_splits(settings(path), tokenizer, 0, None)
     bad_rows_file = tmp_path / "bad_rows.jsonl"
-    train, held_out, summary = load_splits(settings(path, skip_bad_rows=True), tokenizer, 0, str(bad_rows_file))
-    assert summary["bad_rows"] == 2 and len(train) + len(held_out) == 18
+    train, validation, summary = load_splits(settings(path, skip_bad_rows=True), tokenizer, 0, str(bad_rows_file))
+    assert summary["bad_rows"] == 2 and len(train) + len(validation) == 18
     written = [json.loads(line) for line in bad_rows_file.read_text(encoding="utf-8").splitlines()]
     assert [(row["source"], row["reason"][:9]) for row in written] == [
         (f"{path}:5", "no output"),
@@ -293,12 +293,12 @@ def test_bad_rows_stop_the_run_or_are_skipped_counted_and_written(tokenizer, tmp
 def test_splits_share_no_row_and_copies_are_reported(tokenizer, tmp_path):
     rows = make_conversations(30)
     path = write_rows(tmp_path / "rows.jsonl", rows + rows[:10])
-    train, held_out, summary = load_splits(settings(path, validation_split=0.3), tokenizer, 0, None)
-    assert not np.isin(column(train, "key"), column(held_out, "key")).any()
-    assert summary["copies_of_validation_rows_removed"] == 40 - len(train) - len(held_out) > 0
+    train, validation, summary = load_splits(settings(path, validation_split=0.3), tokenizer, 0, None)
+    assert not np.isin(column(train, "key"), column(validation, "key")).any()
+    assert summary["copies_of_validation_rows_removed"] == 40 - len(train) - len(validation) > 0
     eval_path = write_rows(tmp_path / "eval.jsonl", rows[:5])
-    train, held_out, summary = load_splits(settings(path, eval_data_path=eval_path), tokenizer, 0, None)
-    assert (len(train), len(held_out), summary["copies_of_validation_rows_removed"]) == (30, 5, 10)
+    train, validation, summary = load_splits(settings(path, eval_data_path=eval_path), tokenizer, 0, None)
+    assert (len(train), len(validation), summary["copies_of_validation_rows_removed"]) == (30, 5, 10)
     assert summary["duplicates_kept"] == 5
 
 

@@ -107,7 +107,7 @@ def test_two_machines_form_one_run(namespaces, tiny_folder, data_file, tmp_path)
 def test_the_deepspeed_launcher_starts_it_too(tiny_folder, data_file, tmp_path):
     flags = ["--use_cpu", "true", "--deepspeed", "ds_zero2_no_offload.json", "--model_name_or_path", tiny_folder]
     flags += ["--data_path", data_file, "--output_dir", str(tmp_path), *SHORT]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     command = ["deepspeed", "--num_accelerators", "2", "train.py", *flags]
     run = subprocess.run(command, cwd=RECIPE, env=environment, capture_output=True, text=True, timeout=150)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]

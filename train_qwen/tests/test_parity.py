@@ -61,7 +61,7 @@ def expected(tiny_folder, data_file, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def expected_held_out(tiny_folder, data_file, eval_file, tmp_path_factory):
+def expected_validation(tiny_folder, data_file, eval_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         output = tmp_path_factory.mktemp("one")
         layout = ["--per_device_train_batch_size", "8"]
@@ -86,12 +86,12 @@ def test_one_process_equals_the_plain_loop(layout, expected, tiny_folder, data_f
 
 @pytest.mark.parametrize("deepspeed", ["", "ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
 def test_two_processes_equal_the_plain_loop(
-    deepspeed, expected, expected_held_out, tiny_folder, data_file, eval_file, tmp_path
+    deepspeed, expected, expected_validation, tiny_folder, data_file, eval_file, tmp_path
 ):
     more = ["--per_device_train_batch_size", "4", *(["--deepspeed", deepspeed] if deepspeed else [])]
     run_train(*flags(tiny_folder, data_file, eval_file, tmp_path, *more), processes=2)
     assert losses(tmp_path) == expected
-    assert losses(tmp_path, "eval_loss") == expected_held_out
+    assert losses(tmp_path, "eval_loss") == expected_validation
 
 
 def test_packed_rows_fill_up_and_hold_every_sample_once(tokenizer, data_file):

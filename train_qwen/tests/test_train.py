@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tiny_folder, data_file, tmp_pa
         train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), "--learning_rate", "1e30")
 
 
-def test_the_held_out_loss_is_measured_at_the_end_where_it_was_not_before(
+def test_the_validation_loss_is_measured_at_the_end_where_it_was_not_before(
     tiny_folder, data_file, eval_file, tmp_path, monkeypatch
 ):
     more = ["--eval_strategy", "no", "--max_steps", "2", "--learning_rate", "1e-2"]
@@ -91,13 +91,13 @@ def test_report_best_checkpoint_and_early_stopping(tiny_folder, data_file, eval_
     more += ["--load_best_model_at_end", "true", "--per_device_train_batch_size", "8"]
     train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
     results = json.loads((tmp_path / "train_results.json").read_text())
-    held_out = losses(tmp_path, "eval_loss")
-    assert results["eval_loss_before"] == held_out[0] and results["eval_loss_best"] == min(held_out)
-    assert len(held_out) < 13, "it did not stop early"
+    validation = losses(tmp_path, "eval_loss")
+    assert results["eval_loss_before"] == validation[0] and results["eval_loss_best"] == min(validation)
+    assert len(validation) < 13, "it did not stop early"
     best = Path(results["best_checkpoint"])
     assert (best / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    assert results["eval_loss_after"] == min(held_out[1:]) and results["tokens_per_second"] > 0
+    assert results["eval_loss_after"] == min(validation[1:]) and results["tokens_per_second"] > 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "chat_template.jinja").exists() and (tmp_path / "tokenizer.json").exists()
 
@@ -137,7 +137,7 @@ def test_flags_from_a_file_and_no_validation_rows(tiny_folder, data_file, tmp_pa
             ["--validation_split", "0.1", "--eval_data_path", "x"],
             "--validation_split has no effect with --eval_data_path",
         ),
-        (["--validation_split", "0", "--early_stopping_patience", "2"], "need held-out rows"),
+        (["--validation_split", "0", "--early_stopping_patience", "2"], "need validation rows"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not taken: the loss is the plain"),
         (["--save_only_model", "true"], "--save_only_model is not taken: a run can't go on"),
         (["--packing", "true", "--attn_implementation", "eager"], "--packing true has no effect with --attn_impl"),

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 RECIPE = Path(__file__).parent.parent
@@ -51,6 +52,27 @@ def make_policy(folder: Path, seed: int = 0, **changes) -> str:
     Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **(settings | changes), **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def processes_of(output) -> list[psutil.Process]:
+    """Everything that works for a run: its folder is in a command line, an environment or an open log of Ray's."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(output) in word for word in process.cmdline()) or process.environ().get("RUN") == str(output):
+                found.append(process)
+            elif process.name().startswith("ray::"):  # its title stands where its environment was
+                found += [process] if any(str(output) in file.path for file in process.open_files()) else []
+    return found
+
+
+def addresses_listened_on(processes: list[psutil.Process]) -> set[str]:
+    addresses = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            found = process.net_connections("tcp")
+            addresses |= {one.laddr.ip.removeprefix("::ffff:") for one in found if one.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from conftest import RECIPE, make_policy
 from data import Prompt
 from demo import build_demo
-from infer import load_trained_model, main, read_results, sample_scored
+from infer import load_run, load_trained_model, main, read_results, sample_scored
 from rewards import compute_score
 from rows import UserError
 
@@ -69,13 +69,13 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
 def test_page_shows_both_models_and_errors(output, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    demo = build_demo(
-        load_trained_model(read_results(output)["model"]), load_trained_model(output), compute_score, max_new_tokens=64
-    )
+    models, _, max_new_tokens = load_run(output)
+    demo = build_demo(models["before"], models["after"], compute_score, max_new_tokens)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1200, "height": 1000}, locale="zh-CN")
+        page.set_default_timeout(120_000)  # other tests run beside this one
         elsewhere = []
         page.on(
             "request",

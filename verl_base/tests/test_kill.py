@@ -1,39 +1,58 @@
 """However a run ends, nothing of it is left: after Ctrl-C, a killed driver, a killed worker."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from conftest import RECIPE
+from conftest import RECIPE, addresses_listened_on, processes_of
+
+pytestmark = pytest.mark.xdist_group("own_ray")  # other runs with a Ray of their own pass while a killed one goes
 
 
-def start_run(flags: list[str], log) -> subprocess.Popen:
-    """train.py in a process group of its own, waited for until its second step."""
-    command = [sys.executable, "-u", "train.py", *flags]
-    run = subprocess.Popen(command, cwd=RECIPE, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.time() + 120
-    while "step    2" not in log.read_text() and time.time() < deadline and run.poll() is None:
-        time.sleep(0.2)
-    assert "step    2" in log.read_text(), log.read_text()
-    return run
+HOW = {"driver": 1, "ctrl-c": 1, "term": 1, "worker": 2}  # what is ended, and the run's processes
 
 
-def processes_of(output) -> list[psutil.Process]:
-    """Everything that works for a run: its folder is in a command line, an environment or an open log of Ray's."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(str(output) in word for word in process.cmdline()) or process.environ().get("RUN") == str(output):
-                found.append(process)
-            elif process.name().startswith("ray::"):  # its title stands where its environment was
-                found += [process] if any(str(output) in file.path for file in process.open_files()) else []
-    return found
+class Run:
+    """train.py with a Ray of its own, since that is what must end with it; in a process group of its own."""
+
+    def __init__(self, folder: Path, nproc: int, data: list[str]):
+        self.output, self.log = folder / "output", folder / "log"
+        flags = [*data, "--output_dir", str(self.output), "--nproc", str(nproc), "--max_response_length", "8"]
+        flags += ["--train_batch_size", "4", "--ppo_mini_batch_size", "2", "--total_training_steps", "100000"]
+        flags += ["--logging_steps", "1", "--test_freq", "100000", "--save_freq", "100000"]
+        self.driver = subprocess.Popen(
+            [sys.executable, "-u", "train.py", *flags],
+            cwd=RECIPE,
+            env=os.environ | {"RUN": str(self.output)},
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # a suite that was started in the background ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def wait_for_its_second_step(self) -> None:
+        deadline = time.time() + 240
+        while "step    2" not in self.log.read_text() and time.time() < deadline and self.driver.poll() is None:
+            time.sleep(0.2)
+        assert "step    2" in self.log.read_text(), self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, policy_folder, data_file, reward_file):
+    """Four runs side by side, of which each will end in another way; the one that takes longest to go ends first."""
+    data = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--reward_function", reward_file]
+    runs = {how: Run(tmp_path_factory.mktemp(how), nproc, data) for how, nproc in HOW.items()}
+    yield runs
+    for run in runs.values():
+        for process in processes_of(run.output):
+            process.kill()
 
 
 def wait_until_gone(output, seconds: int) -> list[psutil.Process]:
@@ -43,37 +62,39 @@ def wait_until_gone(output, seconds: int) -> list[psutil.Process]:
     return left
 
 
-@pytest.mark.parametrize(("how", "nproc"), [("ctrl-c", 1), ("term", 1), ("driver", 1), ("worker", 2)])
-def test_nothing_is_left(how, nproc, request, tmp_path, monkeypatch, policy_folder, data_file, reward_file):
-    output, log = tmp_path / "output", tmp_path / "log"
-    monkeypatch.setenv("RUN", str(output))
-    flags = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--output_dir", str(output)]
-    flags += ["--reward_function", reward_file, "--max_response_length", "8", "--logging_steps", "1"]
-    flags += ["--nproc", str(nproc)]
-    flags += ["--train_batch_size", "4", "--ppo_mini_batch_size", "2", "--total_training_steps", "100000"]
-    run = start_run([*flags, "--test_freq", "100000", "--save_freq", "100000"], log)
-    request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
-    workers = [process for process in processes_of(output) if process.name().startswith("ray::WorkerDict")]
-    assert len(workers) == nproc and len(processes_of(output)) > nproc + 2
-    listening = {
-        connection.laddr.ip
-        for process in processes_of(output)
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+def check_processes(run: Run, nproc: int) -> list[psutil.Process]:
+    """The workers of a run; all its processes listen on this machine only."""
+    found = processes_of(run.output)
+    workers = [process for process in found if process.name().startswith("ray::WorkerDict")]
+    assert len(workers) == nproc and len(found) > nproc + 2
+    assert addresses_listened_on(found) == {"127.0.0.1"}
+    return workers
+
+
+@pytest.fixture(scope="session")
+def killed_driver(runs) -> Run:
+    runs["driver"].wait_for_its_second_step()
+    check_processes(runs["driver"], HOW["driver"])
+    runs["driver"].driver.kill()
+    return runs["driver"]
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "term", "worker", "driver"])
+def test_nothing_is_left(how, runs, killed_driver):
+    run = runs[how]
+    if how != "driver":
+        run.wait_for_its_second_step()
+        workers = check_processes(run, HOW[how])
     if how == "ctrl-c":
-        os.killpg(run.pid, signal.SIGINT)
+        os.killpg(run.driver.pid, signal.SIGINT)
     elif how == "term":
-        run.terminate()
-    elif how == "driver":
-        run.kill()
-    else:
+        run.driver.terminate()
+    elif how == "worker":
         workers[1].kill()
-    status = run.wait(timeout=60)
-    # Two helpers of a Ray that was killed report its end to it for a minute before they go.
-    assert wait_until_gone(output, 90 if how == "driver" else 30) == []
+    status = run.driver.wait(timeout=60)
+    # Two helpers of a Ray that was killed report its end to it for a minute before they go; others' tests run meanwhile.
+    assert wait_until_gone(run.output, 90 if how == "driver" else 30) == []
     assert status == {"ctrl-c": 130, "term": 143, "driver": -signal.SIGKILL, "worker": 1}[how]
     if how == "worker":
-        assert "error: a worker failed" in log.read_text()
-    assert "Traceback" not in log.read_text()
+        assert "error: a worker failed" in run.log.read_text()
+    assert "Traceback" not in run.log.read_text()

@@ -1,6 +1,7 @@
 """The lessons of base01 and base02: each asserts its own claims; here their numbers are pinned.
 
-Most run in the Ray of these tests. One runs by the command at its top, in a copy of the recipe: nothing of it is left.
+Most run in the Ray of these tests. One runs by the command at its top, in a copy of the recipe, with a Ray of its own:
+nothing of it is left. So does the notebook.
 """
 
 import contextlib
@@ -109,6 +110,7 @@ def assert_shown(lesson: str, text: str) -> None:
         assert re.search(pattern, text), f"{pattern}\nis not in\n{text}"
 
 
+@pytest.mark.xdist_group("cluster")  # one Ray for all tests that only need one
 @pytest.mark.parametrize("lesson", [lesson for lesson in SHOWN if lesson != BY_COMMAND])
 def test_lesson_proves_its_point(lesson, ray_here, tmp_path, monkeypatch, capsys):
     pool = RayResourcePool([2], use_gpu=cluster.ON_GPU, max_colocate_count=1)

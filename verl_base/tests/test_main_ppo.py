@@ -9,7 +9,6 @@ import sys
 import time
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from hydra.errors import InstantiationException
@@ -18,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from base03_main_ppo.check_configs import ALGORITHMS, SCRIPTS, check_script
 from base03_main_ppo.make_parquet import make_parquet, read_rows
 from base03_main_ppo.untuned import save_untuned
-from conftest import QUESTIONS, RECIPE, write_rows
+from conftest import QUESTIONS, RECIPE, addresses_listened_on, processes_of, write_rows
 from rewards import compute_score
 from rows import UserError
+
+pytestmark = pytest.mark.xdist_group("own_ray")  # in one process with test_kill.py, whose last test waits for a minute
 
 # A policy with random weights writes 48 tokens of nonsense, of which our reward takes off what is too long.
 RL = ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=20", "data.max_response_length=48"]
@@ -51,27 +52,6 @@ def start_script(script: str, output, task, overrides: list[str], **variables) -
 
 def read_log(output) -> str:
     return output.with_suffix(".log").read_text("utf-8", errors="replace")
-
-
-def processes_of(output) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            found += [process] if process.environ().get("RUN") == str(output) else []
-        except psutil.Error:
-            continue
-    return found
-
-
-def addresses_listened_on(output) -> set[str]:
-    addresses = set()
-    for process in processes_of(output):
-        try:
-            found = process.net_connections("tcp")
-        except psutil.Error:  # it has just ended
-            continue
-        addresses |= {one.laddr.ip.removeprefix("::ffff:") for one in found if one.status == psutil.CONN_LISTEN}
-    return addresses
 
 
 def assert_nothing_is_left(output) -> None:
@@ -115,18 +95,27 @@ def test_bad_rows_are_named(split, row, reason, task, tmp_path):
         read_rows(path, split)
 
 
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory, task) -> str:
+    folder = str(tmp_path_factory.mktemp("untuned"))
+    save_untuned(task / "sft.jsonl", folder)
+    return folder
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_gpu_scripts_compose_what_verl_accepts(script, algorithm, tmp_path, task):
-    save_untuned(task / "sft.jsonl", str(tmp_path))
-    differences = check_script(script, algorithm, str(tmp_path))
+def test_gpu_scripts_compose_what_verl_accepts(script, algorithm, untuned):
+    differences = check_script(script, algorithm, untuned)
     assert differences["actor_rollout_ref.rollout.name"][1] == "vllm"
     assert differences["reward.custom_reward_function.path"][1] == str(RECIPE / "rewards.py")
     assert ("trainer.nnodes" in differences) == (script == "train_cluster.sh")
+
+
+def test_settings_that_verl_does_not_accept(untuned):
     with pytest.raises(ValueError, match="verl knows no trainer.total_step"):
-        check_script(script, algorithm, str(tmp_path), "+trainer.total_step=3")
+        check_script("train_vllm.sh", "ppo", untuned, "+trainer.total_step=3")
     with pytest.raises(InstantiationException, match="pipeline_model_parallel_size"):
-        check_script(script, algorithm, str(tmp_path), "actor_rollout_ref.rollout.pipeline_model_parallel_size=2")
+        check_script("train_cluster.sh", "grpo", untuned, "actor_rollout_ref.rollout.pipeline_model_parallel_size=2")
 
 
 def test_cluster_whose_port_is_in_use_does_not_start(task, tmp_path):
@@ -158,7 +147,7 @@ def test_warm_start_lowers_the_loss(tmp_path, task):
 
 
 def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, task, policy_folder, request):
-    """PPO needs all that GRPO needs, and a critic."""
+    """PPO needs all that GRPO needs, and a critic. It starts its own Ray, which is what must listen to nobody else."""
     output = tmp_path / "ppo"
     dump = f"trainer.rollout_data_dir={output / 'rollouts'}"
     variables = {"MODEL": policy_folder, "ALGORITHM": "ppo", "NPROC": "1"}
@@ -166,7 +155,7 @@ def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, t
     request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
     addresses = set()
     while run.poll() is None:
-        addresses |= addresses_listened_on(output)
+        addresses |= addresses_listened_on(processes_of(output))
         time.sleep(1)
     assert_nothing_is_left(output)
     assert run.returncode == 0, read_log(output)[-5000:]

@@ -12,6 +12,8 @@ from conftest import RECIPE, write_rows
 from rewards import add
 from rows import UserError
 
+pytestmark = pytest.mark.xdist_group("cluster")  # one Ray for all tests that only need one
+
 
 def read_history(output) -> list[dict]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text("utf-8").splitlines()]
@@ -41,7 +43,7 @@ def test_tiny_model_learns_and_the_report_says_so(run_train, capsys, tmp_path, m
         **write_sums(tmp_path),
         model_name_or_path="tiny",
         reward_function=f"{RECIPE}/rewards.py:compute_score",
-        total_training_steps=30,
+        total_training_steps=20,
         temperature=1.2,
         learning_rate=5e-4,
         lr_warmup_steps=2,
@@ -50,53 +52,43 @@ def test_tiny_model_learns_and_the_report_says_so(run_train, capsys, tmp_path, m
         ppo_mini_batch_size=8,
         ppo_epochs=2,
         rollout_n=8,
-        val_n=4,
-        test_freq=10,
+        val_n=8,
+        test_freq=8,
     )
     history = read_history(output)
-    print(
-        *[(r["step"], r["pass@1"], r["pass@4"]) for r in history if "pass@1" in r],
-        "KL",
-        *[r["kl"] for r in history if "kl" in r],
-        [r["reward"] for r in history if "kl" in r],
-        "S",
-        *[round(r["seconds"], 2) for r in history if "seconds" in r],
-        results["seconds"] if 0 else json.loads((output / "train_results.json").read_text("utf-8"))["seconds"],
-        file=open("/tmp/proto/e2e.txt", "a"),
-    )
     rewards = [row["reward"] for row in history if "reward" in row]
-    assert len(rewards) == 30 and sum(rewards[-3:]) > sum(rewards[:3])
-    assert [row["step"] for row in history if "pass@1" in row] == [0, 10, 20, 30]
-    first = next(row for row in history if "reward" in row)
-    assert first["kl"] < 0.05 < [row["kl"] for row in history if "kl" in row][-1]
+    assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5]) + 5 * 0.1
+    assert [row["step"] for row in history if "pass@1" in row] == [0, 8, 16, 20]
+    kl = [row["kl"] for row in history if "kl" in row]
+    assert kl[0] < 0.01 and kl[-1] > 0.03
     results = json.loads((output / "train_results.json").read_text("utf-8"))
-    assert results["before"]["step"] == 0 and results["after"]["step"] == 30 and results["skipped_updates"] == 0
-    assert results["after"]["pass@1"] > results["before"]["pass@1"] + 0.1
+    assert results["before"]["step"] == 0 and results["after"]["step"] == 20 and results["skipped_updates"] == 0
+    assert results["after"]["pass@1"] > results["before"]["pass@1"] + 0.1  # seeds 1, 2, 3: by 0.16 and more
     for name in ("reward.png", "samples.jsonl", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert (output / name).stat().st_size > 0
     screen = capsys.readouterr().out
-    assert "25 to learn from, 25 for validation" in screen and "validation after step 30" in screen
+    assert "25 to learn from, 25 for validation" in screen and "validation after step 20" in screen
     assert "first prompt    '<|im_start|>user\\n" in screen
 
 
 def test_resumed_run_equals_one_that_was_never_stopped(run_train, capsys, tmp_path):
     flags = {"total_training_steps": 5, "save_freq": 2, "algorithm": "dapo", "lr_warmup_steps": 2, "ppo_epochs": 2}
-    whole = run_train(**flags)
-    kept = tmp_path / "whole"
-    shutil.copytree(whole, kept)
+    output = run_train(**flags)
+    kept = tmp_path / "uninterrupted"
+    shutil.copytree(output, kept)
     for name in ("train_results.json", "history.jsonl", "model.safetensors"):
-        (whole / name).unlink()
-    torn = whole / "checkpoint-5" / "policy" / "model_world_size_2_rank_1.pt"
-    torn.write_bytes(torn.read_bytes()[:-100])
+        (output / name).unlink()
+    incomplete = output / "checkpoint-5" / "policy" / "model_world_size_2_rank_1.pt"
+    incomplete.write_bytes(incomplete.read_bytes()[:-100])
     capsys.readouterr()
     run_train(**flags)
     screen = capsys.readouterr().out
-    assert "checkpoint-5 is torn" in screen and f"resuming from {whole}/checkpoint-4" in screen
-    before, after = load_file(kept / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert "checkpoint-5 is incomplete" in screen and f"resuming from {output}/checkpoint-4" in screen
+    before, after = load_file(kept / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     measured = ("seconds", "replies_per_second", "memory_gb")
     first, second = (
-        [{k: v for k, v in row.items() if k not in measured} for row in read_history(x)] for x in (kept, whole)
+        [{k: v for k, v in row.items() if k not in measured} for row in read_history(x)] for x in (kept, output)
     )
     assert first == second
     run_train(**flags)
@@ -115,6 +107,8 @@ def test_failing_rewards_are_left_out_and_counted(run_train, tmp_path):
     output = run_train(**flags, skip_bad_rewards="true")
     results = json.loads((output / "train_results.json").read_text("utf-8"))
     assert 0 < results["bad_rewards"] < 32 and results["skipped_updates"] == 0
+    (step,) = [row for row in read_history(output) if "reward" in row]
+    assert step["entropy"] == pytest.approx(5.7, abs=0.3)  # ln 297, of random weights
 
 
 def test_equal_rewards_teach_nothing_and_are_counted(run_train, tmp_path, policy_folder):
