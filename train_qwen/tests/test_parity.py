@@ -182,6 +182,33 @@ def test_attention_within_a_sequence_and_its_window():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_varlen_kernel_is_asked_for_the_same_attention(window, monkeypatch):
+    """On a GPU one kernel takes all sequences; here a stand-in with its signature computes what it is asked for."""
+    import layers
+
+    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert window_size[1] == 0 and enable_gqa and max_q == max_k == 9
+        place = torch.arange(len(query))
+        sequence = torch.bucketize(place, cu_seq_q, right=True)
+        behind = place[:, None] - place[None]
+        allowed = (sequence[:, None] == sequence[None]) & (behind >= 0)
+        allowed &= (behind <= window_size[0]) | (window_size[0] == -1)
+        heads = [states.transpose(0, 1)[None] for states in (query, key, value)]
+        return F.scaled_dot_product_attention(*heads, allowed, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    torch.manual_seed(0)
+    states = torch.randn(1, 4, 14, 8), torch.randn(1, 2, 14, 8), torch.randn(1, 2, 14, 8)
+    batch = {"sequence_lengths": [5, 9], "cu_seq_lens_q": torch.tensor([0, 5, 14], dtype=torch.int32)}
+    batch |= {"max_length_q": 9, "sliding_window": window, "scaling": 0.3}
+    expected, _ = layers.packed_sdpa(None, *states, None, **batch)
+    assert not layers.varlen_takes(states[0], states[2], dropout=0.0), "there is no GPU here"
+    monkeypatch.setattr(layers, "varlen_takes", lambda *_: True)
+    monkeypatch.setattr(layers, "varlen_attn", stand_in)
+    found, _ = layers.packed_sdpa(None, *states, None, **batch)
+    torch.testing.assert_close(found, expected)
+
+
 def test_unusual_models_fall_back_say_so_and_have_the_same_loss(
     unusual_folder, tokenizer, data_file, eval_file, tmp_path, monkeypatch, capsys
 ):
