@@ -349,8 +349,9 @@ output/loss.json
 """
     in_recipe = "```bash\ncd a\nMODEL=x bash train.sh \\\n  --packing true\n```\n"
     in_recipe += "`torchrun --nproc_per_node=2 train.py --packing true`\n"
+    pages = {"a/readme.md": in_recipe, "a/readme_zh.md": in_recipe}
     chinese = readme.replace("Title, of it", "标题").replace("#title-of-it", "#标题").replace("don't ask", "别问")
-    root = make_tree({**MADE_UP, "README.md": readme, "README_zh.md": chinese, "a/readme.md": in_recipe})
+    root = make_tree({**MADE_UP, "README.md": readme, "README_zh.md": chinese, **pages})
     assert find_untruths(root) + find_broken_links(root) + find_language_gaps(root) == []
 
 

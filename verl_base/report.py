@@ -37,7 +37,7 @@ def print_step(metrics: dict, total_steps: int) -> None:
 
 
 def report_evaluation(step: int, scores: dict, judged: Judged, samples_file: Path, shown: int = 3) -> None:
-    """Prints validation figures and a few replies, so that a reward that is gamed is seen; the file gets more of them."""
+    """Prints validation figures and a few replies, so that a gamed reward is seen; the file gets more of them."""
     print(f"validation after step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     n = len(judged.replies) // len(judged.prompts)
     with samples_file.open("a", encoding="utf-8") as file:

@@ -67,8 +67,8 @@ def read_rows(path: Path, split: str) -> list[dict]:
 def make_parquet(data: Path, output: Path) -> list[Path]:
     """Writes train.parquet and test.parquet, and sft_train.parquet and sft_test.parquet where there is an sft.jsonl.
 
-    A training prompt that is a validation prompt as well is left out, and counted. A twentieth of the worked examples becomes
-    sft_test.
+    A training prompt that is a validation prompt as well is left out, and counted. A twentieth of the worked examples
+    becomes sft_test.
 
     Raises:
         UserError: a file is missing, or holds bad rows.
@@ -83,9 +83,7 @@ def make_parquet(data: Path, output: Path) -> list[Path]:
     validation = {str(row["prompt"]) for row in tables["test"]}
     kept = [row for row in tables["train"] if str(row["prompt"]) not in validation]
     if len(kept) < len(tables["train"]):
-        print(
-            f"{len(tables['train']) - len(kept)} prompts of {data / 'train.jsonl'} are validation prompts, too: left out"
-        )
+        print(f"{len(tables['train']) - len(kept)} prompts of {data / 'train.jsonl'} are validated on, too: left out")
     tables["train"] = kept
     if (data / "sft.jsonl").is_file():
         examples = read_rows(data / "sft.jsonl", "sft")

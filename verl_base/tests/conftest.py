@@ -100,8 +100,27 @@ def reward_file(tmp_path_factory) -> str:
     return f"{path}:more_of_a_kind"
 
 
+# Of two processes (-n 2), one has the Ray of the tests; the other has the runs that start their own.
+GROUPS = {
+    **{name: "tests' Ray" for name in ("test_lessons.py::test_lesson", "test_workers.py", "test_train.py")},
+    **{name: "own Ray" for name in ("test_kill.py", "test_main_ppo.py")},
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A group's tests run one after another in one process, any other test where there is time for it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for name, group in GROUPS.items() if name in nodeid), nodeid)
+
+    return GroupScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """Last what waits for a minute: until all of a killed driver's Ray has gone."""
+    """Last what waits for a minute, until all of a killed driver's Ray has gone: the others run meanwhile."""
     items.sort(key=lambda item: item.name == "test_nothing_is_left[driver]")
 
 

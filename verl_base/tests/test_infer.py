@@ -1,18 +1,21 @@
 """Asking before and after: the command line, the page in headless Chromium, the notebooks."""
 
+import functools
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
+import gradio
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import demo
 from conftest import RECIPE, make_policy
 from data import Prompt
-from demo import build_demo
-from infer import load_run, load_trained_model, main, read_results, sample_scored
+from infer import load_trained_model, main, read_results, sample_scored
 from rewards import compute_score
 from rows import UserError
 
@@ -66,12 +69,14 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
 @pytest.mark.skipif(
     CHROMIUM is None and os.environ.get("CI") != "true", reason="no chromium on this machine (apt-get install chromium)"
 )
-def test_page_shows_both_models_and_errors(output, tmp_path):
+def test_page_shows_both_models_and_errors(output, tmp_path, monkeypatch):
     from playwright.sync_api import sync_playwright
 
-    models, _, max_new_tokens = load_run(output)
-    demo = build_demo(models["before"], models["after"], compute_score, max_new_tokens)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address, port = f"http://127.0.0.1:{free.getsockname()[1]}/", str(free.getsockname()[1])
+    in_background = functools.partialmethod(gradio.Blocks.launch, prevent_thread_lock=True, quiet=True)
+    monkeypatch.setattr(gradio.Blocks, "launch", in_background)
+    demo.main([output, "--port", port, "--reward_function", f"{RECIPE}/rewards.py:compute_score"])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1200, "height": 1000}, locale="zh-CN")
@@ -95,7 +100,7 @@ def test_page_shows_both_models_and_errors(output, tmp_path):
         page.get_by_text("8 条回复").first.wait_for(state="detached")
         assert page.get_by_label("问题").input_value() == "" and elsewhere == []
         browser.close()
-    demo.close()
+    gradio.close_all()
 
 
 @pytest.mark.parametrize("name", ["code01_processdata", "infer"])

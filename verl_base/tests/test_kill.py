@@ -12,8 +12,6 @@ import pytest
 
 from conftest import RECIPE, addresses_listened_on, processes_of
 
-pytestmark = pytest.mark.xdist_group("own_ray")  # other runs with a Ray of their own pass while a killed one goes
-
 
 HOW = {"driver": 1, "ctrl-c": 1, "term": 1, "worker": 2}  # what is ended, and the run's processes
 
@@ -92,7 +90,7 @@ def test_nothing_is_left(how, runs, killed_driver):
     elif how == "worker":
         workers[1].kill()
     status = run.driver.wait(timeout=60)
-    # Two helpers of a Ray that was killed report its end to it for a minute before they go; others' tests run meanwhile.
+    # Two helpers of a Ray that was killed report its end to it for a minute before they go.
     assert wait_until_gone(run.output, 90 if how == "driver" else 30) == []
     assert status == {"ctrl-c": 130, "term": 143, "driver": -signal.SIGKILL, "worker": 1}[how]
     if how == "worker":

@@ -110,7 +110,6 @@ def assert_shown(lesson: str, text: str) -> None:
         assert re.search(pattern, text), f"{pattern}\nis not in\n{text}"
 
 
-@pytest.mark.xdist_group("cluster")  # one Ray for all tests that only need one
 @pytest.mark.parametrize("lesson", [lesson for lesson in SHOWN if lesson != BY_COMMAND])
 def test_lesson_proves_its_point(lesson, ray_here, tmp_path, monkeypatch, capsys):
     pool = RayResourcePool([2], use_gpu=cluster.ON_GPU, max_colocate_count=1)

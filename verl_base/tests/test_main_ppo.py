@@ -21,8 +21,6 @@ from conftest import QUESTIONS, RECIPE, addresses_listened_on, processes_of, wri
 from rewards import compute_score
 from rows import UserError
 
-pytestmark = pytest.mark.xdist_group("own_ray")  # in one process with test_kill.py, whose last test waits for a minute
-
 # A policy with random weights writes 48 tokens of nonsense, of which our reward takes off what is too long.
 RL = ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=20", "data.max_response_length=48"]
 RL += ["trainer.val_before_train=false"]

@@ -12,8 +12,6 @@ from conftest import RECIPE, write_rows
 from rewards import add
 from rows import UserError
 
-pytestmark = pytest.mark.xdist_group("cluster")  # one Ray for all tests that only need one
-
 
 def read_history(output) -> list[dict]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text("utf-8").splitlines()]

@@ -12,8 +12,6 @@ from engines import compute_log_probs, update_policy
 from layers import SampledTokens
 from rollout import sample
 
-pytestmark = pytest.mark.xdist_group("cluster")  # one Ray for all tests that only need one
-
 
 def load_plain(folder) -> torch.nn.Module:
     """The model with its attention written out, which shares nothing with ours."""
