@@ -12,7 +12,6 @@ import pytest
 
 from conftest import RECIPE, addresses_listened_on, processes_of
 
-
 HOW = {"driver": 1, "ctrl-c": 1, "term": 1, "worker": 2}  # what is ended, and the run's processes
 
 
