@@ -26,8 +26,7 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/multi_process && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/transformers_flow && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
-	$(VERL) && cd verl_base && $(PYTEST) tests -n 2 --dist loadfile --ignore tests/test_infer.py
-	$(VERL) && cd verl_base && $(PYTEST) tests/test_infer.py
+	$(VERL) && cd verl_base && $(PYTEST) tests -n 2
 
 # Every recipe's default in full and afresh, and what its readme says that it reaches: about 25 minutes, before a release.
 defaults: .venv/test .venv-verl/ready

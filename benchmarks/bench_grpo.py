@@ -50,9 +50,9 @@ def make_models(output: str) -> dict[str, str]:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from tiny import tiny_policy_folder
+    from tiny import tiny_model_folder
 
-    tuned, larger = tiny_policy_folder("cache_data/arithmetic/train.jsonl", 42), f"{output}/larger"
+    tuned, larger = tiny_model_folder("cache_data/arithmetic/train.jsonl", 42), f"{output}/larger"
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     config = Qwen2Config(
         vocab_size=8192,
@@ -73,7 +73,7 @@ def make_models(output: str) -> dict[str, str]:
 
 def our_flags(model: str, output: str, processes: int, **changes):
     """The recipe's arguments for this benchmark."""
-    from arguments import read_flags
+    from arguments import parse_arguments
 
     flags = {
         **{"data_path": "cache_data/arithmetic/train.jsonl", "eval_data_path": "cache_data/arithmetic/test.jsonl"},
@@ -82,7 +82,7 @@ def our_flags(model: str, output: str, processes: int, **changes):
         **{"model_name_or_path": model},
     } | changes
     sys.argv = ["train.py", *[word for name, value in flags.items() for word in (f"--{name}", str(value))]]
-    return read_flags()
+    return parse_arguments()
 
 
 def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
@@ -90,12 +90,12 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     from cluster import local_cluster
     from data import load_split
     from engines import start_workers
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
     from rewards import compute_score
     from train import collect_step, take_step
 
     model_args, data_args, args = our_flags(model, output, processes)
-    tokenizer = load_policy_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     lengths = []
     with local_cluster(processes, output) as pool:
@@ -115,7 +115,7 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int, processe
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
     from rewards import compute_score
 
     def reward(completions, ground_truth, **_):
@@ -156,7 +156,7 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int, processe
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_policy_tokenizer(model_args),
+        processing_class=load_tokenizer(model_args),
     )
 
 
@@ -165,10 +165,10 @@ def measure_trl(model: str, steps: int, processes: int, output: str) -> dict:
     from transformers import TrainerCallback
 
     from data import load_split
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
 
     model_args, data_args, args = our_flags(model, output, 1)
-    prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
+    prompts, _ = load_split(data_args, load_tokenizer(model_args), args.seed, output)
     trainer = build_trl(model_args, args, prompts, output, WARM_UP + steps, processes)
     marks = {}
 
@@ -196,13 +196,13 @@ def save_our_losses(model: str, output: str) -> list[float]:
     from cluster import local_cluster
     from data import load_split
     from engines import compute_log_probs, start_workers, update_policy
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
     from rewards import compute_score
     from rollout import add_advantages
     from train import collect_step
 
     flags = model_args, data_args, args = our_flags(model, output, 1, learning_rate=1e-5, ppo_mini_batch_size=8)
-    tokenizer = load_policy_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     with local_cluster(1, output) as pool:
         policy, reference = start_workers(pool, model_args, args, tokenizer, LENGTH)
@@ -218,10 +218,10 @@ def compute_trl_losses(model: str, output: str) -> list[float]:
     import torch
 
     from data import load_split
-    from model import load_policy_tokenizer
+    from model import load_tokenizer
 
     model_args, data_args, args = our_flags(model, output, 1)
-    prompts, _ = load_split(data_args, load_policy_tokenizer(model_args), args.seed, output)
+    prompts, _ = load_split(data_args, load_tokenizer(model_args), args.seed, output)
     trainer = build_trl(model_args, args, prompts, output, 1, 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()

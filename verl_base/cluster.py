@@ -21,6 +21,7 @@ os.environ |= {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # known to this run only; else it is written to the home folder
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # verl's workers have an environment each and can't use idle ones
     "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),  # for the workers
     "TOKENIZERS_PARALLELISM": "false",
 }

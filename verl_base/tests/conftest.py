@@ -136,7 +136,7 @@ def ray_here(tmp_path_factory):
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         listener.bind(f"{folder}/socket")
         listener.listen(16)
-        settings = {"WARM_WORKERS": f"{folder}/socket", "RAY_prestart_worker_first_driver": "0"}
+        settings = {"WARM_WORKERS": f"{folder}/socket"}
         with mock.patch.object(parameter, "RayParams", parameters), mock.patch.dict(os.environ, settings):
             stack.enter_context(cluster.local_cluster(2, tmp_path_factory.mktemp("ray")))
         raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid

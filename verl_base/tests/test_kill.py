@@ -40,16 +40,36 @@ class Run:
             time.sleep(0.2)
         assert "step    2" in self.log.read_text(), self.log.read_text()
 
+    def end(self, how: str) -> None:
+        """Ends it while it trains, after a look at its processes: they listen on this machine only."""
+        found = processes_of(self.output)
+        workers = [process for process in found if process.name().startswith("ray::WorkerDict")]
+        assert len(workers) == HOW[how] and len(found) > HOW[how] + 2
+        assert addresses_listened_on(found) == {"127.0.0.1"}
+        if how == "driver":
+            self.driver.kill()
+        elif how == "ctrl-c":
+            os.killpg(self.driver.pid, signal.SIGINT)
+        elif how == "term":
+            self.driver.terminate()
+        else:
+            workers[1].kill()
+
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, policy_folder, data_file, reward_file):
-    """Four runs side by side, of which each will end in another way; the one that takes longest to go ends first."""
+def ended_runs(tmp_path_factory, policy_folder, data_file, reward_file):
+    """Runs that train side by side until each is ended in its way."""
     data = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--reward_function", reward_file]
     runs = {how: Run(tmp_path_factory.mktemp(how), nproc, data) for how, nproc in HOW.items()}
-    yield runs
-    for run in runs.values():
-        for process in processes_of(run.output):
-            process.kill()
+    try:
+        for how, run in runs.items():
+            run.wait_for_its_second_step()
+            run.end(how)
+        yield runs
+    finally:
+        for run in runs.values():
+            for process in processes_of(run.output):
+                process.kill()
 
 
 def wait_until_gone(output, seconds: int) -> list[psutil.Process]:
@@ -59,39 +79,13 @@ def wait_until_gone(output, seconds: int) -> list[psutil.Process]:
     return left
 
 
-def check_processes(run: Run, nproc: int) -> list[psutil.Process]:
-    """The workers of a run; all its processes listen on this machine only."""
-    found = processes_of(run.output)
-    workers = [process for process in found if process.name().startswith("ray::WorkerDict")]
-    assert len(workers) == nproc and len(found) > nproc + 2
-    assert addresses_listened_on(found) == {"127.0.0.1"}
-    return workers
-
-
-@pytest.fixture(scope="session")
-def killed_driver(runs) -> Run:
-    runs["driver"].wait_for_its_second_step()
-    check_processes(runs["driver"], HOW["driver"])
-    runs["driver"].driver.kill()
-    return runs["driver"]
-
-
-@pytest.mark.parametrize("how", ["ctrl-c", "term", "worker", "driver"])
-def test_nothing_is_left(how, runs, killed_driver):
-    run = runs[how]
-    if how != "driver":
-        run.wait_for_its_second_step()
-        workers = check_processes(run, HOW[how])
-    if how == "ctrl-c":
-        os.killpg(run.driver.pid, signal.SIGINT)
-    elif how == "term":
-        run.driver.terminate()
-    elif how == "worker":
-        workers[1].kill()
+@pytest.mark.parametrize("how", HOW)
+def test_nothing_is_left(how, ended_runs):
+    run = ended_runs[how]
     status = run.driver.wait(timeout=60)
     # Two helpers of a Ray that was killed report its end to it for a minute before they go.
     assert wait_until_gone(run.output, 90 if how == "driver" else 30) == []
     assert status == {"ctrl-c": 130, "term": 143, "driver": -signal.SIGKILL, "worker": 1}[how]
     if how == "worker":
         assert "error: a worker failed" in run.log.read_text()
-    assert "Traceback" not in run.log.read_text()
+    assert "Traceback" not in run.log.read_text(), run.log.read_text()[-3000:]
