@@ -28,7 +28,7 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
 	$(VERL) && cd verl_base && $(PYTEST) tests -n 2
 
-# Every recipe's default in full and afresh, and what its readme says that it reaches: about 25 minutes, before a release.
+# Every recipe's default in full and afresh, and what its readme says that it reaches: about 10 minutes on 2 cores, before a release.
 defaults: .venv/test .venv-verl/ready
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh --overwrite_output_dir true
 	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --at_least 18
