@@ -2,9 +2,7 @@
 # Text classification with DeepSpeed ZeRO-2: on every visible GPU, or on 2 CPU processes where there is none.
 #
 #   bash train_zero2.sh                                   the small default on product reviews
-#   DATA=words OUTPUT=output_words bash train_zero2.sh         the same on word lists of nine domains
 #   MODEL=hfl/chinese-roberta-wwm-ext DATA=my.csv OUTPUT=output_my bash train_zero2.sh --text_column 评论
-#   GPUS=0,1 bash train_zero2.sh                          these GPUs only
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash train_zero2.sh      the same line on each machine
 set -euo pipefail
 # >>> paths: a relative DATA, MODEL or OUTPUT is one of the folder from which the script was called
@@ -30,7 +28,6 @@ else
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 fi
 # <<< launch
-
 # >>> classifier-recipe: one copy of this block stands in every launch script
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 3e-5 --per_device_train_batch_size 32)

@@ -76,7 +76,7 @@ def build_demo(before, after, reward_function, max_new_tokens: int, title: str =
                         column_widths=["40%", *["12%"] * 5],
                     )
                     outputs += [table, summary]
-        gr.Examples(QUESTIONS, [question, ground_truth])
+        gr.Examples(QUESTIONS, [question, ground_truth], label="示例")
         inputs = [question, ground_truth, rule, n, temperature]
         running = gr.on([send.click, question.submit], ask, inputs, outputs, concurrency_limit=1)
         stop.click(None, cancels=[running])
