@@ -2,26 +2,80 @@
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rows import UserError
 
-MANIFEST = "manifest.json"
+LOCK, MANIFEST, RUN_FILE = ".lock", "manifest.json", "run.json"
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def errno_of(error: Exception) -> int | None:
+    """The system's number of a write that failed; None for an error of another kind.
+
+    safetensors has it in its text only; torch.save loses it, and what stops its writer is almost always a full disk.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(number[1])
+    return errno.ENOSPC if re.search("inline_container.*(unexpected pos|PytorchStreamWriter)", str(error)) else None
+
+
+@contextmanager
+def explain_write_errors(folder: str, flag: str = "--output_dir / OUTPUT") -> Iterator[None]:
+    """A UserError for what a full disk or a missing permission raises, whichever library was writing.
+
+    The other processes lose their connection (gloo) to the one that it happened to; they have nothing to add.
+
+    Args:
+        folder: where it writes, for an error that doesn't say.
+        flag: how the user names another folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if re.search("gloo.*(Connection closed|Connection reset|Broken pipe)", str(error)):
+            raise UserError("another process of this run has ended; what it said tells why.") from error
+        number = errno_of(error)
+        if number not in FULL_DISK + NO_PERMISSION:
+            raise
+        path = (isinstance(error, OSError) and error.filename) or folder
+        if number in FULL_DISK:
+            advice = "Free some space and start again; a training goes on from its last complete checkpoint."
+        else:
+            advice = f"Change its permissions, or give {flag} a folder that can be written to."
+        message = f"{path}: {os.strerror(number)}. {advice}"
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process, which speaks for all, may not have failed
+            print(f"error: {message}", file=sys.stderr)
+        raise UserError(message) from error
 
 
 def lock_output_dir(output_dir: str):
     """Takes the folder for this process; the lock is the open file and ends with the process, however it ends.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or nothing can be written there.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    lock = Path(output_dir, ".lock").open("w")  # noqa: SIM115  (held open for as long as the process lives)
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        lock = Path(output_dir, LOCK).open("w")  # noqa: SIM115  (held open for as long as the process lives)
+    except OSError as error:
+        raise UserError(
+            f"{output_dir}: can't be written to ({error.strerror}). Give another --output_dir / OUTPUT."
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -31,14 +85,28 @@ def lock_output_dir(output_dir: str):
     return lock
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The newest first; what else a user keeps there (checkpoint-best, ...) is none of them."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+def identify_run_folder(output_dir: str) -> int | None:
+    """Another number once a folder was removed, even if it was made again; None where no run is at home.
+
+    The process that holds the lock keeps it open, so that its inode can't become another file's.
+    """
+    lock = Path(output_dir, LOCK)
+    return lock.stat().st_ino if lock.exists() and Path(output_dir, RUN_FILE).exists() else None
+
+
+def list_checkpoints(folder: Path, prefix: str = "") -> list[Path]:
+    """The newest first; what else a user keeps there (checkpoint-best, ...) is none of them.
+
+    Args:
+        prefix: "incomplete-" for those that `find_checkpoint` has put aside.
+    """
+    prefix += "checkpoint-"
+    found = [path for path in folder.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path | str) -> int:
-    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def list_file_sizes(folder: Path) -> dict[str, int]:
@@ -67,12 +135,22 @@ def write_through(path: Path) -> None:
     os.close(descriptor)
 
 
+def share_weights(folder: Path) -> None:
+    """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
+    umask = os.umask(0)  # it can't be read otherwise
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
+
+
 def seal_checkpoint(checkpoint: Path, save_total_limit: int | None, best: Path | None = None) -> None:
     """Writes the manifest of a checkpoint that all processes have finished; then the oldest ones may go.
 
     Args:
-        save_total_limit: checkpoints that are kept, this one and `best` among them; None for all.
+        save_total_limit: checkpoints that are kept, this one and `best` among them; None for all. Incomplete ones
+            that were put aside count too and are the first to go.
     """
+    share_weights(checkpoint)
     sizes = list_file_sizes(checkpoint)
     for name in sizes:
         write_through(checkpoint / name)
@@ -83,6 +161,7 @@ def seal_checkpoint(checkpoint: Path, save_total_limit: int | None, best: Path |
     write_through(checkpoint)
     kept = {checkpoint, best or checkpoint}
     others = [old for old in list_checkpoints(checkpoint.parent) if old not in kept]
+    others += list_checkpoints(checkpoint.parent, "incomplete-")
     for old in others[max(0, save_total_limit - len(kept)) :] if save_total_limit else []:
         shutil.rmtree(old)
 
@@ -117,10 +196,10 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         UserError: the folder holds checkpoints of another run, or of another program.
     """
     folder, messages = Path(output_dir), []
-    run_file, report = folder / "run.json", folder / "train_results.json"
+    run_file, report = folder / RUN_FILE, folder / "train_results.json"
     checkpoints = list_checkpoints(folder)
     if overwrite:
-        for checkpoint in checkpoints:
+        for checkpoint in [*checkpoints, *list_checkpoints(folder, "incomplete-")]:
             shutil.rmtree(checkpoint)
         checkpoints = []
         run_file.unlink(missing_ok=True)

@@ -23,13 +23,13 @@ class UserError(ValueError):
     """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
 
 
-def detect_encoding(path: str) -> tuple[str, str]:
+def detect_encoding(path: str, open_file=open) -> tuple[str, str]:
     """A file's encoding (UTF-8, else GB18030, strictly) and SHA-256; raises UserError with the bad byte's offset."""
     first_error = None
     for encoding in ("utf-8-sig", "gb18030"):
         decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
         try:
-            with open(path, "rb") as file:
+            with open_file(path, "rb") as file:
                 while chunk := file.read(1 << 20):
                     pending = len(decoder.getstate()[0])
                     if b"\0" in chunk:

@@ -3,10 +3,11 @@
     python app.py output_zero2                                              http://127.0.0.1:8000/v1, this machine only
     API_KEY=secret python app.py output_zero2 --host 0.0.0.0 --port 8000    the whole network, with a key
 
-    POST /v1/chat/completions      GET /v1/models      GET /health (needs no key)
+    POST /v1/chat/completions      GET /v1/models, /v1/models/NAME      GET /health (needs no key)
 
-The way of a request: read_request -> prepare (template, limits) -> generate (one reply at a time; the rest queues)
--> one JSON object or server-sent events. A client that goes away frees its place, waiting or served.
+The way of a request: read_request -> generate (queues it; a client that goes away frees its place, waiting or served)
+-> write_reply, in the worker: prepare (template, limits), then the reply -> one JSON object or server-sent events.
+A thought, <think>...</think>, is given as `reasoning_content`; a tool call that the model writes stays in the text.
 """
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
@@ -14,35 +15,41 @@ The way of a request: read_request -> prepare (template, limits) -> generate (on
 import argparse
 import asyncio
 import hmac
+import inspect
 import ipaddress
 import json
 import logging
 import os
+import re
+import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer import context_length, decode_pieces, encode_prompts, generation_settings, load_trained_model, stream_tokens
 from rows import UserError
+from template import CLOSED, OPENED, render
 
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.
 UNSUPPORTED = {
     "n": [1],
-    "tools": [[]],
     "tool_choice": ["none", "auto"],
     "functions": [[]],
     "function_call": ["none", "auto"],
@@ -61,8 +68,16 @@ UNSUPPORTED = {
 # Parameters that don't change the reply. What is neither here nor above nor in ChatRequest is refused as unknown.
 IGNORED = ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"]
 
+HEADER_SECONDS, BODY_SECONDS = 10, 30  # a client that hasn't sent these by then is dropped
+SPARE_CONNECTIONS = 200  # open sockets beside those that wait in the queue; far below the usual limit of 1024 files
+
 router = APIRouter()
 log = logging.getLogger("uvicorn.error")
+
+
+def drop_nulls(fields):
+    """The fields of a JSON object that are not null, since null is the same as left out."""
+    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
 class TextPart(BaseModel):
@@ -71,14 +86,52 @@ class TextPart(BaseModel):
     text: str
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: Annotated[Json[dict[str, Any]], BeforeValidator(lambda text: "{}" if text == "" else text)]
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart],
         BeforeValidator(lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text),
-    ]
+    ] = []
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+    annotations: list = []
+
+    @model_validator(mode="after")
+    def check_content(self):
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def to_template(self) -> dict:
+        """The message as chat templates know it: text in one string, arguments as dict, nothing that is null."""
+        fields = self.model_dump(exclude={"annotations"}, exclude_unset=True)
+        role = "system" if self.role == "developer" else self.role
+        return {**fields, "role": role, "content": "".join(part.text for part in self.content)}
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: Function
 
 
 class StreamOptions(BaseModel):
@@ -90,12 +143,16 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Annotated[Message, BeforeValidator(drop_nulls)]] = Field(min_length=1)
+    tools: list[Tool] = []
+    chat_template_kwargs: dict[str, Any] = {}
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(0.8, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    top_k: int | None = Field(None, ge=-1, description="-1 and 0 are off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=2)  # the logits must not overflow
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
@@ -107,7 +164,7 @@ class ChatRequest(BaseModel):
 
 def api_error(status: int, message: str, param: str | None = None, code: str | None = None) -> HTTPException:
     """An error that reaches the client in OpenAI's form."""
-    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+    kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(status, "invalid_request_error")
     return HTTPException(status, {"message": message, "type": kind, "param": param, "code": code})
 
 
@@ -121,60 +178,98 @@ def send_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code)
 
 
+def check_site(request: Request) -> None:
+    """Raises 403 for a web page of another site where no key guards the server; its name may lead here (rebinding)."""
+    state, names = request.app.state, [request.headers.get("host", "")]
+    if request.headers.get("origin", state.cors_origin) != state.cors_origin:
+        names.append(request.headers["origin"])
+    for name in names:
+        if not state.api_key and re.sub(r"^https?://|:\d+$", "", name.lower()) not in state.hosts:
+            raise api_error(403, f"{name} is none of this server's names; set API_KEY to serve it", code="foreign_site")
+
+
 def check_key(request: Request) -> None:
     """Raises 401 where the server has a key and the request doesn't carry it."""
     key = request.app.state.api_key
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key and not hmac.compare_digest(given.encode(), key.encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())):
         raise api_error(401, "missing or wrong API key: send 'Authorization: Bearer <key>'", code="invalid_api_key")
 
 
-async def read_request(request: Request) -> ChatRequest:
-    """The checked body of a request.
-
-    Raises:
-        HTTPException: 413 too large; 400 no JSON, a wrong or unknown parameter, or one that can't be honoured.
-    """
+async def read_body(request: Request) -> bytes:
+    """Raises 413 for a body that is too large."""
     limit, body, size = request.app.state.max_body_bytes, bytearray(), 0
     async for chunk in request.stream():  # too large a body is read to its end, or the client would miss the answer
         size += len(chunk)
         body += chunk if size <= limit else b""
     if size > limit:
         raise api_error(413, f"the body has {size} bytes, at most {limit} are accepted", code="body_too_large")
+    return bytes(body)
+
+
+async def read_request(request: Request) -> ChatRequest:
+    """The checked body of a request.
+
+    Raises:
+        HTTPException: 413 too large; 408 too slow; 400 no JSON, a wrong or unknown parameter, or one that can't be
+            honoured; 404 another model.
+    """
+    state = request.app.state
     try:
-        fields = json.loads(body)
+        fields = json.loads(await asyncio.wait_for(read_body(request), BODY_SECONDS))
         json.dumps(fields, ensure_ascii=False).encode()  # fails for half a surrogate pair, which is no text
+    except asyncio.TimeoutError:
+        raise api_error(408, f"the body did not arrive within {BODY_SECONDS} seconds", code="body_timeout") from None
     except (ValueError, RecursionError) as error:
         raise api_error(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise api_error(400, "the body is no JSON object", code="invalid_json")
-    fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
+    fields = {name: value for name, value in drop_nulls(fields).items() if name not in IGNORED}
+    if fields.get("tool_choice") == "none":
+        fields.pop("tools", None)
     for name, neutral in UNSUPPORTED.items():
         if name in fields and fields.pop(name) not in neutral:
             raise api_error(400, f"this server does not support {name}", name, "unsupported_parameter")
     try:
-        return ChatRequest.model_validate(fields)
+        chat = ChatRequest.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"])
         raise api_error(400, f"{param}: {first['msg']}", param, "invalid_value") from None
+    if chat.model != state.model_name:
+        raise api_error(404, f"no model {chat.model!r} here, only {state.model_name!r}", "model", "model_not_found")
+    wanted = chat.max_completion_tokens or chat.max_tokens or 1
+    if wanted > state.max_new_tokens:
+        message = f"max_tokens is {wanted}, at most {state.max_new_tokens} are generated"
+        raise api_error(400, message, "max_tokens", "invalid_value")
+    taken = chat.chat_template_kwargs.keys() & inspect.signature(state.tokenizer.apply_chat_template).parameters
+    if taken:
+        message = f"chat_template_kwargs can't set {', '.join(sorted(taken))}, only variables of the template"
+        raise api_error(400, message, "chat_template_kwargs", "invalid_value")
+    return chat
 
 
 def prepare(state, chat: ChatRequest) -> tuple:
-    """The prompt (`input_ids` and `attention_mask` of shape (1, tokens)) and the arguments of `generate`.
+    """What a reply starts from.
+
+    Returns:
+        The prompt (`input_ids` and `attention_mask` of shape (1, tokens)), the arguments of `generate`, and whether the
+        prompt ends within a thought.
 
     Raises:
-        HTTPException: 404 another model; 400 messages or reply too long, or refused by the chat template.
+        HTTPException: 400 messages or reply too long, or refused by the chat template.
     """
-    if chat.model != state.model_name:
-        raise api_error(404, f"no model {chat.model!r} here, only {state.model_name!r}", "model", "model_not_found")
-    messages = []
-    for message in chat.messages:
-        role = "system" if message.role == "developer" else message.role
-        messages.append({"role": role, "content": "".join(part.text for part in message.content)})
+    messages = [message.to_template() for message in chat.messages]
+    tools, variables = [tool.model_dump() for tool in chat.tools] or None, chat.chat_template_kwargs
     try:
-        inputs = encode_prompts(state.tokenizer, [messages])
-    except TemplateError as error:
+        text = render(messages, state.tokenizer, tools, prompt=True, **variables)
+        if tools and text == render(messages, state.tokenizer, None, prompt=True, **variables):
+            raise api_error(400, "this model's chat template knows no tools", "tools", "unsupported_parameter")
+        if len(text) > state.max_characters:  # told without tokenizing them, which takes seconds
+            message = f"the messages have {len(text)} characters, at most {state.max_input_tokens} tokens are accepted"
+            raise api_error(400, message, "messages", "context_length_exceeded")
+        inputs = encode_prompts(state.tokenizer, [messages], tools, **variables)
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:  # a template is a program, run on these
         raise api_error(400, f"the model's chat template refuses these messages: {error}", "messages") from None
     tokens = inputs["input_ids"].shape[1]
     if tokens > state.max_input_tokens:
@@ -182,16 +277,18 @@ def prepare(state, chat: ChatRequest) -> tuple:
         raise api_error(400, message, "messages", "context_length_exceeded")
     room = context_length(state.model) - tokens
     wanted = chat.max_completion_tokens or chat.max_tokens or min(room, state.max_new_tokens)
-    if wanted > state.max_new_tokens:
-        message = f"max_tokens is {wanted}, at most {state.max_new_tokens} are generated"
-        raise api_error(400, message, "max_tokens", "invalid_value")
+    temperature = chat.temperature if chat.temperature >= 1e-5 else 0  # below, the logits would overflow
     try:
         settings = generation_settings(
-            state.model, state.tokenizer, inputs, wanted, chat.temperature, chat.top_p, chat.repetition_penalty
+            state.model, state.tokenizer, inputs, wanted, temperature, chat.top_p, chat.repetition_penalty
         )
     except UserError as error:
         raise api_error(400, str(error), "max_tokens", "context_length_exceeded") from None
-    return inputs, settings
+    if temperature and chat.top_k is not None:
+        settings["top_k"] = max(chat.top_k, 0)
+    if temperature and chat.min_p is not None:
+        settings["min_p"] = chat.min_p
+    return inputs, settings, text.rstrip().endswith(OPENED)
 
 
 def split_at_stop(text: str, stops: list[str]) -> tuple[str, str, bool]:
@@ -205,38 +302,78 @@ def split_at_stop(text: str, stops: list[str]) -> tuple[str, str, bool]:
     return text, "", False
 
 
-def write_reply(state, chat: ChatRequest, inputs, settings: dict, send, stop: threading.Event) -> dict:
-    """Runs in the worker thread: passes the pieces of the reply to `send`; returns finish_reason and usage."""
+def split_thought(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, str]]:
+    """Yields the pieces of a reply with the field they belong to: `reasoning_content` up to </think>, then `content`.
+
+    Args:
+        thinking: whether the prompt has opened a thought already; else the reply may begin with one.
+    """
+    text, field = "", "reasoning_content" if thinking else "unknown"
+    for piece in pieces:
+        text += piece
+        if field == "unknown":
+            start = text.lstrip()
+            if len(start) < len(OPENED) and OPENED.startswith(start):
+                continue
+            field = "content"
+            if start.startswith(OPENED):
+                field, text = "reasoning_content", start.removeprefix(OPENED)
+        if field == "reasoning_content":
+            thought, held, closed = split_at_stop(text, [CLOSED])
+            yield field, thought
+            field, text = ("answer", text[len(thought) + len(CLOSED) :]) if closed else (field, held)
+        if field == "answer":
+            text = text.lstrip("\n")
+            field = "content" if text else field
+        if field == "content":
+            yield field, text
+            text = ""
+    if text:
+        yield field if field == "reasoning_content" else "content", text
+
+
+def write_reply(state, chat: ChatRequest, send, stop: threading.Event) -> dict:
+    """Runs in the worker thread: passes (field, text) by (field, text) to `send`; returns finish_reason and usage."""
+    inputs, settings, thinking = prepare(state, chat)
     if chat.seed is not None:
         torch.manual_seed(chat.seed)
-    ids, held, found = [], "", False
-    with closing(stream_tokens(state.model, inputs, settings, stop)) as tokens:
+    ids, found = [], False
+
+    def pieces():
+        nonlocal found
+        held = ""
         # `ids.append` returns None: the tokens pass through and are counted.
         for piece in decode_pieces(state.tokenizer, (ids.append(token) or token for token in tokens)):
             ready, held, found = split_at_stop(held + piece, chat.stop)
-            send(ready)
+            yield ready
             if found:
-                break
-    send(held)
+                return
+        yield held
+
+    with closing(stream_tokens(state.model, inputs, settings, stop)) as tokens:
+        for part in split_thought(pieces(), thinking):
+            send(part)
     ended = found or (ids and ids[-1] in state.model.generation_config.eos_token_id)
     prompt_tokens = inputs["input_ids"].shape[1]
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(ids), "total_tokens": prompt_tokens + len(ids)}
     return {"finish_reason": "stop" if ended else "length", "usage": usage}
 
 
-async def end_with_client(request: Request, job: Future, stop: threading.Event) -> None:
-    """Gives the place in the queue, or the model, back as soon as the client has gone."""
-    while not await request.is_disconnected():
+async def end_with_client(request: Request, job: Future, stop: threading.Event, pieces: asyncio.Queue) -> None:
+    """Gives the place in the queue, or the model, back as soon as the client has gone or the server ends."""
+    while not request.app.state.stopping and not await request.is_disconnected():
         await asyncio.sleep(0.1)
     stop.set()
     job.cancel()
+    pieces.put_nowait(None)
 
 
-async def generate(request: Request, chat: ChatRequest, inputs, settings: dict) -> AsyncIterator[str | dict]:
-    """Yields the pieces of a reply, then its finish_reason and usage.
+async def generate(request: Request, chat: ChatRequest) -> AsyncIterator[tuple[str, str] | dict]:
+    """Yields the pieces of a reply as (field, text), then its finish_reason and usage.
 
     Raises:
-        HTTPException: 429 too many requests wait already; 500 the generation failed.
+        HTTPException: what `prepare` raises; 429 too many requests wait already; 500 the generation failed; 503 the
+            server ends.
         ClientDisconnect: nobody is there any more.
     """
     state = request.app.state
@@ -245,15 +382,17 @@ async def generate(request: Request, chat: ChatRequest, inputs, settings: dict) 
         raise api_error(429, f"{state.max_queue} requests are waiting already; try again later", code="queue_full")
     pieces, stop = asyncio.Queue(), threading.Event()
     send = partial(asyncio.get_running_loop().call_soon_threadsafe, pieces.put_nowait)
-    job = state.worker.submit(write_reply, state, chat, inputs, settings, send, stop)
+    job = state.worker.submit(write_reply, state, chat, send, stop)
     job.add_done_callback(lambda _: send(None))
     state.jobs.append(job)
-    watch = asyncio.create_task(end_with_client(request, job, stop))
+    watch = asyncio.create_task(end_with_client(request, job, stop, pieces))
     try:
         while (piece := await pieces.get()) is not None:
             yield piece
         if stop.is_set():
-            raise ClientDisconnect
+            raise api_error(503, "the server shuts down", code="shutting_down") if state.stopping else ClientDisconnect
+        if isinstance(job.exception(), HTTPException):
+            raise job.exception()
         if job.exception() is not None:
             log.error("a reply failed", exc_info=job.exception())
             raise api_error(500, "the server failed to generate a reply; its log says why")
@@ -264,7 +403,7 @@ async def generate(request: Request, chat: ChatRequest, inputs, settings: dict) 
         job.cancel()
 
 
-async def stream_events(head: dict, item: str | dict, replies, include_usage: bool) -> AsyncIterator[str]:
+async def stream_events(head: dict, item: tuple | dict, replies, include_usage: bool) -> AsyncIterator[str]:
     """The reply as server-sent events; `item` is the first of it."""
 
     def event(delta, finish_reason=None):
@@ -273,9 +412,10 @@ async def stream_events(head: dict, item: str | dict, replies, include_usage: bo
 
     yield event({"role": "assistant", "content": ""})
     try:
-        while isinstance(item, str):
-            if item:
-                yield event({"content": item})
+        while isinstance(item, tuple):
+            field, text = item
+            if text:
+                yield event({field: text})
             item = await anext(replies)
     except ClientDisconnect:
         return
@@ -291,29 +431,33 @@ async def stream_events(head: dict, item: str | dict, replies, include_usage: bo
 @router.post("/v1/chat/completions", dependencies=[Depends(check_key)])
 async def chat_completions(request: Request) -> Response:
     chat = await read_request(request)
-    async with request.app.state.encoding:  # a tokenizer is not made to encode two texts at once
-        inputs, settings = await asyncio.to_thread(prepare, request.app.state, chat)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.model}
-    replies = generate(request, chat, inputs, settings)
+    replies = generate(request, chat)
     item = await anext(replies)  # an error up to here still has its own HTTP status
     if chat.stream:
         head["object"] = "chat.completion.chunk"
         events = stream_events(head, item, replies, chat.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    text = ""
-    while isinstance(item, str):
-        text += item
+    message = {"role": "assistant", "content": ""}
+    while isinstance(item, tuple):
+        field, text = item
+        message[field] = message.get(field, "") + text
         item = await anext(replies)
-    message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": item["finish_reason"], "logprobs": None}
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": item["usage"]})
 
 
 @router.get("/v1/models", dependencies=[Depends(check_key)])
 async def models(request: Request) -> dict:
+    return {"object": "list", "data": [request.app.state.model_card]}
+
+
+@router.get("/v1/models/{name:path}", dependencies=[Depends(check_key)])
+async def model(request: Request, name: str) -> dict:
     state = request.app.state
-    model = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "local"}
-    return {"object": "list", "data": [model]}
+    if name != state.model_name:
+        raise api_error(404, f"no model {name!r} here, only {state.model_name!r}", "model", "model_not_found")
+    return state.model_card
 
 
 @router.get("/health")
@@ -330,6 +474,8 @@ def create_app(
     max_new_tokens: int = 2048,
     max_queue: int = 16,
     max_body_bytes: int = 1 << 20,
+    host: str = "127.0.0.1",
+    cors_origin: str | None = None,
 ) -> FastAPI:
     """The API of one model.
 
@@ -339,8 +485,10 @@ def create_app(
         max_input_tokens: longest prompt; by default what the model's context holds.
         max_new_tokens: longest reply.
         max_queue: requests that may wait while one is served; those beyond get 429.
+        host: without a key, the name beside localhost's under which the server may be asked.
+        cors_origin: the web site (`https://name:port`) whose pages may ask the server.
     """
-    app = FastAPI(title=model_name, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=model_name, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_site)])
     app.include_router(router)
     for error in (HTTPException, 404, 405, ClientDisconnect, Exception):
         app.add_exception_handler(error, send_error)
@@ -348,9 +496,63 @@ def create_app(
     state.model, state.tokenizer, state.model_name, state.api_key = model, tokenizer, model_name, api_key
     state.max_input_tokens = min(max_input_tokens or sys.maxsize, context_length(model) - 1)
     state.max_new_tokens, state.max_queue, state.max_body_bytes = max_new_tokens, max_queue, max_body_bytes
-    state.worker, state.jobs, state.created = ThreadPoolExecutor(max_workers=1), [], int(time.time())
-    state.encoding = asyncio.Lock()
+    # A prompt that fits can't be longer: no token holds more characters than the longest one.
+    state.max_characters = state.max_input_tokens * max(map(len, tokenizer.get_vocab()))
+    state.model_card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "local"}
+    state.worker, state.jobs, state.stopping = ThreadPoolExecutor(max_workers=1), [], False
+    state.hosts = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
+    state.cors_origin = cors_origin and cors_origin.rstrip("/")
+    if cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[state.cors_origin], allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     return app
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1, that closes the socket idle for longest where there are too many."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.idle_since = self.loop.time()
+        others = [connection for connection in self.connections if not connection.transport.is_closing()]
+        if len(others) > SPARE_CONNECTIONS + self.config.app.state.max_queue:
+            idle = [connection for connection in others if connection.is_idle()]
+            min(idle, key=lambda connection: connection.idle_since).transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.idle_since = self.loop.time()
+        super().on_response_complete()
+
+    def is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, that drops clients who are slow to ask, and ends by telling those it serves."""
+
+    async def on_tick(self, counter: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if connection.is_idle() and now - connection.idle_since > HEADER_SECONDS:
+                connection.transport.close()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets=None) -> None:
+        self.config.app.state.stopping = True
+        asyncio.get_running_loop().call_later(3, self.drop_connections)  # of clients who don't read what they are told
+        await super().shutdown(sockets)
+
+    def drop_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def create_server(app: FastAPI, host: str = "127.0.0.1", port: int = 0, log_level: str = "info") -> Server:
+    """The server of an application from `create_app`; port 0 takes a free one."""
+    # asyncio accepts as many sockets at once as the backlog has, before the first of them can be refused.
+    settings = {"backlog": 64, "http": Connection, "ws": "none", "timeout_graceful_shutdown": 5}
+    return Server(uvicorn.Config(app, host, port, log_level=log_level, **settings))
 
 
 def check_host(host: str, api_key: str | None) -> None:
@@ -372,10 +574,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_input_tokens", type=int, help="longest prompt; by default what the model can hold")
     parser.add_argument("--max_new_tokens", type=int, default=2048, help="longest reply a client can ask for")
     parser.add_argument("--max_queue", type=int, default=16, help="requests that may wait; those beyond get 429")
+    parser.add_argument("--cors_origin", metavar="URL", help="web site whose pages may ask, such as https://my.site")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
-
-    import uvicorn
 
     api_key = os.environ.get("API_KEY")
     try:
@@ -384,8 +585,12 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     name = args.model_name or Path(args.model).resolve().name
-    app = create_app(model, tokenizer, name, api_key, args.max_input_tokens, args.max_new_tokens, args.max_queue)
-    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)
+    limits = {name: getattr(args, name) for name in ("max_input_tokens", "max_new_tokens", "max_queue")}
+    app = create_app(model, tokenizer, name, api_key, **limits, host=args.host, cors_origin=args.cors_origin)
+    # uvicorn raises the signal again when all clients are told; a long prompt still being read can't be interrupted.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: os._exit(0))
+    create_server(app, args.host, args.port).run()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,157 @@
-"""The tokenizer and the model: loaded, given a chat template or adapters."""
+"""The model is looked at before it is trained; then tokenizer and model are loaded, given a chat template, adapters."""
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
+from pathlib import Path
+
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
-from data import IGNORE_INDEX, encode_conversation
+from export import repair_generation_config
+from infer import find_base_model
 from rows import UserError
+from template import encode_conversation, read_tokenizer
 
 # For tokenizers that bring no template: plain role names, and the end of a turn is the tokenizer's own EOS.
 PLAIN_TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_model(model_args, model_max_length: int) -> PreTrainedConfig:
+    """Looks at a model's files and its config, before anything is tokenised or loaded.
+
+    Where the model is an adapter to be trained on, `model_args` gets the adapter's own rank, scale and layers.
+
+    Returns:
+        The config of the model, or of the adapter's base model.
+
+    Raises:
+        UserError: it can't be trained here, or not as the flags say.
+    """
+    path = model_args.model_name_or_path
+    base = find_base_model(path)
+    refuse_lfs_pointers(path)
+    if base is not None:
+        refuse_lfs_pointers(base)
+        check_adapter(model_args, base)
+    config = read_config(base or path, model_args.trust_remote_code)
+    check_positions(base or path, config.get_text_config(), model_max_length)
+    return config
+
+
+def unreadable_model(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
+        "config.json, tokenizer and weights, or a hub id; the readme says how to download one through a mirror."
+    )
+
+
+def refuse_lfs_pointers(path: str) -> None:
+    """Raises UserError where git, without its LFS extension, has left a few words in the place of a file."""
+    for file in sorted(Path(path).glob("*")):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            raise UserError(
+                f"{file}: is a Git LFS pointer, not the file itself. Fetch it: git -C {path} lfs pull "
+                "(after git lfs install)."
+            )
+
+
+def check_adapter(model_args, base: str) -> None:
+    """Raises UserError unless the adapter can be trained on by LoRA, with the settings that it was made with."""
+    from peft import PeftConfig
+
+    path = model_args.model_name_or_path
+    if not model_args.use_lora:
+        raise UserError(
+            f"{path}: is an adapter of {base}. Train the adapter on by --use_lora true, or all weights after "
+            f"merging it: python export.py {path} merged, then MODEL=merged (--model_name_or_path merged)."
+        )
+    adapter = PeftConfig.from_pretrained(path)
+    if adapter.peft_type != "LORA":
+        raise UserError(f"{path}: an adapter of the kind {adapter.peft_type}; only LoRA's are trained on. Give {base}.")
+    targets = adapter.target_modules
+    own = {
+        "lora_r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": [targets] if isinstance(targets, str) else sorted(targets),
+    }
+    defaults = type(model_args)()
+    for name, value in own.items():
+        given = getattr(model_args, name)
+        if given != getattr(defaults, name) and (sorted(given) if name == "target_modules" else given) != value:
+            raise UserError(
+                f"--{name} {given}: the adapter in {path} was made with {value}. Leave the flag out to train this "
+                f"adapter on, or give its base model, {base}, to train a new one."
+            )
+        setattr(model_args, name, value)
+
+
+def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a causal LM; raises UserError where there is none, or one of another kind."""
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise unreadable_model(path, error) from None
+    model_type, own_code = settings.get("model_type"), "auto_map" in settings
+    if own_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise UserError(f"{path}: the model brings code of its own. Read it, then add --trust_remote_code true.")
+    if not own_code and model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path}/config.json: model_type {model_type!r} is unknown to Transformers {transformers.__version__}. "
+            "If the model is newer, so must Transformers be: pip install -U transformers."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise unreadable_model(path, error) from None
+    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder", False)
+    if "vision_config" in settings and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "a vision-language model, which the recipe train_llava trains"
+    elif config.is_encoder_decoder or reads_both_ways:
+        kind = f"an {'encoder-decoder' if config.is_encoder_decoder else 'encoder'} model"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in settings.get("auto_map", {}):
+        return config
+    else:
+        kind = "no causal language model that Transformers knows"
+    raise UserError(f"{path}: model_type {model_type!r} is {kind}. Give a causal language model, such as Qwen2.5.")
+
+
+def check_positions(path: str, config: PreTrainedConfig, model_max_length: int) -> None:
+    """Raises UserError where a row could be longer than the model's positions, and these end or change there."""
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if limit is None or model_max_length <= limit:
+        return
+    if rope is None:  # ALiBi and recurrent models that have no limit don't name one
+        reason = f"the model has {limit} positions, and none beyond them"
+    elif rope.get("rope_type") == "dynamic":
+        reason = f"beyond {limit} tokens, dynamic NTK rotates a row by the longest one of its batch"
+    else:
+        return
+    raise UserError(f"--model_max_length {model_max_length}: {reason} ({path}). The largest that works is {limit}.")
+
+
+def check_vocabulary(path: str, tokenizer, config: PreTrainedConfig) -> None:
+    """Raises UserError where the tokenizer has ids for which the model has no embedding."""
+    ids, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
+    if ids > rows:
+        raise UserError(
+            f"{path}: the tokenizer has {ids} ids, the model's embedding {rows} rows. Give the tokenizer that belongs "
+            "to the model, or enlarge the model by model.resize_token_embeddings and save both."
+        )
 
 
 def load_tokenizer(model_args):
@@ -21,23 +160,23 @@ def load_tokenizer(model_args):
     The EOS matters when the tuned model is served: base models often come with another one and would never stop.
 
     Raises:
-        UserError: there is no such model, or its tokenizer can't tell where in a text a token stands.
+        UserError: there is no such model, or its tokenizer can't tell where in a text a token stands, or where a reply
+            ends.
     """
     path = model_args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+        tokenizer = read_tokenizer(path, model_args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
-            "config.json, tokenizer and weights, or a hub id; the readme says how to download one through a mirror."
-        ) from None
+        raise unreadable_model(path, error) from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version (tokenizer.json), which finding the labels needs.")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        if tokenizer.eos_token is None:
+            raise UserError(f"{path}: its tokenizer has neither a chat template nor an EOS to end a reply with.")
+        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好"}]
-    _, labels = encode_conversation(turns, tokenizer)
-    end_of_turn = [label for label in labels if label != IGNORE_INDEX][-1]
+    end_of_turn = encode_conversation(turns, tokenizer)[-1]["labels"][-1]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -51,24 +190,78 @@ def load_model(model_args, args) -> nn.Module:
     stay in fp32, and so do the adapters (PEFT), since fp16 gradients could not be unscaled otherwise.
 
     Raises:
-        UserError: the weights can't be read, or `target_modules` match nothing.
+        UserError: the weights can't be read or are not the model's, or an adapter can't stand where it should.
     """
+    path = model_args.model_name_or_path
+    base = find_base_model(path)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     attention = model_args.attn_implementation
     if attention is None and half != torch.float32 and is_flash_attn_2_available():
         attention = "flash_attention_2"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path,
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base or path,
             dtype=half if model_args.use_lora or args.deepspeed else torch.float32,
             attn_implementation=attention,
             trust_remote_code=model_args.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from None
-    if model_args.use_lora:
-        model = add_lora(model, model_args)
-    return model
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{base or path}: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:  # under ZeRO-3
+        if "size mismatch" not in str(error):
+            raise
+        raise UserError(f"{base or path}: {' '.join(str(error).split())[:300]}") from None
+    refuse_other_weights(base or path, loading)
+    if base is not None:
+        return load_adapter(model, path)
+    return add_lora(model, model_args) if model_args.use_lora else model
+
+
+def refuse_other_weights(path: str, loading: dict) -> None:
+    """Raises UserError where a part of the model was in no file, or of another size, and so is random.
+
+    Args:
+        loading: Transformers' `loading_info`; under ZeRO-3 it doesn't tell what else was in the files.
+    """
+    wrong_sizes = [f"{name} ({list(found)} for {list(own)})" for name, found, own in loading["mismatched_keys"]]
+    problems = []
+    for names, problem in (
+        (loading["missing_keys"], "lacks {} of the model's tensors"),
+        (wrong_sizes, "has {} of another size"),
+        (loading["unexpected_keys"], "has {} that the model doesn't know"),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            problems.append(f"{problem.format(len(names))}: {first}")
+    if loading["missing_keys"] or wrong_sizes:
+        raise UserError(
+            f"{path}: {'; '.join(problems)}. These would be trained from random numbers. Download the model again, "
+            "or rename the tensors as its config.json asks for."
+        )
+
+
+def mend_generation_config(model: nn.Module) -> list[str]:
+    """Makes the settings for sampling such that Transformers will save them with the model; returns what to say of it.
+
+    Raises:
+        UserError: they contradict each other in another way.
+    """
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+        return []
+    except ValueError:
+        repair_generation_config(config, model.name_or_path)
+    return [f"generation_config.json has settings that need do_sample; it is saved with do_sample={config.do_sample}"]
+
+
+def load_adapter(model: nn.Module, path: str) -> nn.Module:
+    """The model with the adapter in folder `path`, to be trained on."""
+    from peft import PeftModel
+
+    return refuse_tied_targets(PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu"))
 
 
 def add_lora(model: nn.Module, model_args) -> nn.Module:
@@ -85,7 +278,7 @@ def add_lora(model: nn.Module, model_args) -> nn.Module:
         raise UserError(
             f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
         )
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -95,3 +288,20 @@ def add_lora(model: nn.Module, model_args) -> nn.Module:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
+    return refuse_tied_targets(adapted)
+
+
+def refuse_tied_targets(model: nn.Module) -> nn.Module:
+    """The model with adapters; raises UserError where the head or the embedding has one, and both are one tensor.
+
+    An adapter of the one would not be the other's, and no merged model could hold both.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight and any(isinstance(layer, BaseTunerLayer) for layer in (head, embedding)):
+        raise UserError(
+            "--target_modules: the head (lm_head) and the embedding (embed_tokens) of this model are one tensor, so "
+            "neither can have an adapter. Leave them out."
+        )
+    return model

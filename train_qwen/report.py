@@ -63,7 +63,11 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
         "copies of validation rows taken out": summary["copies_of_validation_rows_removed"],
         "duplicates among the training rows, kept": summary["duplicates_kept"],
         "rows that lost early turns to fit": summary["rows_that_lost_early_turns"],
+        "rows of which each turn is an example, since the template renders history otherwise": summary[
+            "rows_split_by_turn"
+        ],
         "keys that were not used": summary["unused_keys"],
+        "files that were not read": summary["files_not_read"],
     }
     lines = [
         f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
@@ -98,6 +102,13 @@ def training_flops(model, tokens: float, supervised_tokens: float) -> float:
     return flops
 
 
+def mean_train_loss(history: list[dict]) -> float:
+    """The mean over all steps of a run, also those before it was started again; an entry is the mean since the last."""
+    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    starts = [0, *(step for step, _ in entries)]
+    return sum(loss * (step - start) for start, (step, loss) in zip(starts, entries, strict=False)) / starts[-1]
+
+
 def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict:
     """Writes train_results.json and loss.png into output_dir and returns what the former holds.
 
@@ -110,7 +121,7 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
     tokens = summary["tokens"] * trainer.state.epoch * steps / trainer.state.global_step
     results = {
         "steps": trainer.state.global_step,
-        "train_loss": train_metrics["train_loss"],
+        "train_loss": mean_train_loss(history),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }

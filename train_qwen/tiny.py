@@ -10,7 +10,8 @@ from safetensors.torch import save_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data import CACHE_DIR
-from rows import detect_encoding, list_files, read_rows
+from files import identify_file, list_files
+from rows import read_rows
 
 # The layout of ChatML, which Qwen was trained on (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md).
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -53,7 +54,7 @@ def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 1024) -> N
 def tiny_model_folder(data_path: str) -> str:
     """Folder of the tiny model for this data, built by the first process that asks for it."""
     paths = list_files(data_path)
-    encodings, digests = zip(*map(detect_encoding, paths), strict=True)
+    encodings, digests = zip(*map(identify_file, paths), strict=True)
     identity = json.dumps([digests, Path(__file__).read_text("utf-8")])
     folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     CACHE_DIR.mkdir(exist_ok=True)

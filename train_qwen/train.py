@@ -9,6 +9,7 @@ The way of the data: files -> data.load_splits (labels on the assistant's words 
 the ranks, padding-free) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -18,13 +19,22 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
 
 from callbacks import EarlyStopping, SpeedProgress
-from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, step_of
+from checkpoint import (
+    explain_write_errors,
+    find_checkpoint,
+    hash_model_files,
+    lock_output_dir,
+    share_weights,
+    step_of,
+)
 from data import load_splits
-from model import load_model, load_tokenizer
+from infer import find_base_model
+from model import check_model, check_vocabulary, load_model, load_tokenizer, mend_generation_config
 from report import print_run_summary, save_report
 from rows import UserError
 from tiny import tiny_model_folder
@@ -47,6 +57,21 @@ NOT_TAKEN = {
     "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
     "dataloader_persistent_workers": "--dataloader_num_workers alone is handed on",
     "dataloader_prefetch_factor": "--dataloader_num_workers alone is handed on",
+}
+
+# Steps x learning rate from which LoRA takes over a new identity out of 100 rows, measured on small models.
+LORA_TAKES_HOLD = 0.05
+
+# Flags of older versions that are still in many scripts.
+RENAMED = {
+    "evaluation_strategy": "--eval_strategy",
+    "use_deepspeed": "--deepspeed ds_zero2_no_offload.json",
+    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps (--warmup_steps 0.03)",
+    "no_cuda": "--use_cpu true",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "torch_dtype": "--bf16 true or --fp16 true",
+    "fp16_opt_level": "--fp16 true",
 }
 
 
@@ -76,7 +101,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(default="data/custom_data001", metadata={"help": "A .json / .jsonl file or a folder."})
+    data_path: str = field(default="data/custom_data001", metadata={"help": "A file or a folder of conversations."})
     eval_data_path: str | None = field(
         default=None, metadata={"help": "Validation rows; without it validation_split is cut off the data."}
     )
@@ -141,20 +166,59 @@ class TrainingArguments(transformers.TrainingArguments):
     # <<< hardware
 
 
+def read_yaml(path: str) -> list[str]:
+    """The words of a command line that has the flags of a YAML file, so that both are read by the same rules.
+
+    Raises:
+        UserError: there is no such file, or no mapping in it.
+    """
+
+    def with_numbers(value):
+        if isinstance(value, dict):
+            return {name: with_numbers(item) for name, item in value.items()}
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
+    try:  # every value as it is written: YAML itself reads 1e-4 as text and the strategy "no" as false
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds no flags; write one a line, as in learning_rate: 1e-4")
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *value]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(with_numbers(value))}")
+        elif value.lower() not in ("", "~", "null"):
+            words.append(f"--{name}={value}")
+    return words
+
+
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Flags, or a YAML file of them.
+    """Flags, or a YAML file of them, which flags may follow.
 
     Raises:
         UserError: a flag that is unknown, or that has no effect together with the others.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, exit_on_error=False
+    )
+    words = sys.argv[1:]
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = [*read_yaml(words[0]), *words[1:]]
     try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
-        else:
-            model_args, data_args, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:
+        model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (ValueError, argparse.ArgumentError) as error:
         raise UserError(str(error)) from None
+    if unknown:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
+        news = {flag: RENAMED.get(flag.removeprefix("--").replace("-", "_")) for flag in flags}
+        reasons = [f"{flag}: is now {new}" if new else f"{flag}: no such flag" for flag, new in news.items()]
+        raise UserError(f"{'; '.join(reasons)}. All flags: python train.py --help")
     refuse_flags_without_effect(model_args, data_args, args)
     if data_args.validation_split is None:
         data_args.validation_split = 0.05
@@ -178,6 +242,9 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
             raise UserError(f"--{name} is not taken: {reason}.")
     if data_args.eval_data_path and data_args.validation_split is not None:
         raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        name = "num_train_epochs" if args.max_steps else "max_steps"
+        raise UserError(f"--{name} {getattr(args, name):g}: nothing would be trained.")
     if data_args.packing and model_args.attn_implementation in PADDED_ATTENTION:
         raise UserError(f"--packing true has no effect with --attn_implementation {model_args.attn_implementation}.")
 
@@ -191,13 +258,16 @@ def describe_run(model_args, data_args, args, summary: dict) -> dict:
         *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
         *("neftune_noise_alpha", "use_liger_kernel", "full_determinism"),
     )
+    model, deepspeed = model_args.model_name_or_path, args.deepspeed or None
+    if isinstance(deepspeed, str):  # else it came from a YAML file
+        deepspeed = json.loads(Path(deepspeed).read_text())
     run = {
-        "model": model_args.model_name_or_path,
-        "model's files": hash_model_files(model_args.model_name_or_path),
+        "model": model,
+        "model's files": " ".join(map(hash_model_files, filter(None, (model, find_base_model(model))))),
         "data": summary["content_hash"],
         "validation rows": summary["validation_rows"],
         "processes": args.world_size,
-        "deepspeed": json.loads(Path(args.deepspeed).read_text()) if args.deepspeed else None,
+        "deepspeed": deepspeed,
         "packing": data_args.packing,
         **{name: getattr(model_args, name) for name in model_flags},
         **{name: getattr(args, name) for name in training_flags},
@@ -205,8 +275,38 @@ def describe_run(model_args, data_args, args, summary: dict) -> dict:
     return json.loads(json.dumps(run))  # as it will be read again
 
 
+def check_schedule(trainer, use_lora: bool) -> list[str]:
+    """What there is to say about the planned steps; a warm-up that would be all of them is left out.
+
+    Raises:
+        UserError: the learning rate would be 0 throughout, by a warm-up that was asked for.
+    """
+    args, messages = trainer.args, []
+    *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    if steps == 1 and args.get_warmup_steps(steps) > 0 and args.lr_scheduler_type != "constant":
+        if args.warmup_steps != TrainingArguments.warmup_steps:
+            raise UserError(
+                f"--warmup_steps {args.warmup_steps:g}: the run has a single step, and the learning rate of the first "
+                "step of a warm-up is 0. Leave it out."
+            )
+        args.warmup_steps = 0
+        messages.append("no warm-up: the run has a single step, whose learning rate it would make 0")
+    if use_lora and steps * args.learning_rate < LORA_TAKES_HOLD:
+        messages.append(
+            f"LoRA may hardly change the answers: steps x learning rate is {steps * args.learning_rate:.2g}, small "
+            f"models needed {LORA_TAKES_HOLD} for a new identity. Raise --num_train_epochs or --learning_rate"
+        )
+    return messages
+
+
 def main():
     model_args, data_args, args = parse_arguments()
+    with explain_write_errors(args.output_dir):
+        train(model_args, data_args, args)
+
+
+def train(model_args, data_args, args) -> None:
+    """The run, from the files to the report."""
     is_main_process = args.process_index == 0
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
@@ -214,7 +314,9 @@ def main():
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
         model_args.model_name_or_path = tiny_model_folder(data_args.data_path)
+    config = check_model(model_args, data_args.model_max_length)
     tokenizer = load_tokenizer(model_args)
+    check_vocabulary(model_args.model_name_or_path, tokenizer, config)
     bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_main_process else None
     train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
     found = [None, False, []]
@@ -226,6 +328,8 @@ def main():
         return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
     model = load_model(model_args, args)
+    if not model_args.use_lora:  # an adapter is saved without it
+        messages += mend_generation_config(model)
 
     trainer = SFTTrainer(
         model=model,
@@ -240,6 +344,7 @@ def main():
     trainer.add_callback(SpeedProgress(summary["tokens"]))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+    messages += check_schedule(trainer, model_args.use_lora)
     if is_main_process:
         print_run_summary(trainer, tokenizer, model_name, summary, messages)
 
@@ -250,6 +355,7 @@ def main():
     trainer.save_model()
     trainer.save_state()
     if is_main_process:
+        share_weights(Path(args.output_dir))
         steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         print(json.dumps(save_report(trainer, summary, output.metrics, steps), indent=2))
         lock.close()

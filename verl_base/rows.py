@@ -12,13 +12,13 @@ class UserError(ValueError):
     """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
 
 
-def detect_encoding(path: str) -> tuple[str, str]:
+def detect_encoding(path: str, open_file=open) -> tuple[str, str]:
     """A file's encoding (UTF-8, else GB18030, strictly) and SHA-256; raises UserError with the bad byte's offset."""
     first_error = None
     for encoding in ("utf-8-sig", "gb18030"):
         decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
         try:
-            with open(path, "rb") as file:
+            with open_file(path, "rb") as file:
                 while chunk := file.read(1 << 20):
                     pending = len(decoder.getstate()[0])
                     if b"\0" in chunk:
@@ -40,7 +40,6 @@ def detect_encoding(path: str) -> tuple[str, str]:
 # <<< encoding
 
 
-# >>> json
 def list_files(data_path: str) -> list[str]:
     """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
     path = Path(data_path)
@@ -111,9 +110,6 @@ def skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
-
-
-# <<< json
 
 
 def check_prompt(row: object) -> tuple[list[dict], object, str]:

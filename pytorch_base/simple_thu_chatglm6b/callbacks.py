@@ -7,14 +7,33 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from checkpoint import seal_checkpoint
+from checkpoint import identify_run_folder, seal_checkpoint
+from rows import UserError
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Seals a checkpoint once all processes have finished their part of it; then old ones may go."""
+    """Seals a checkpoint once all processes have finished their part of it; then old ones may go.
+
+    A run that goes on from a checkpoint of its last step has nothing left to train: `should_training_stop` is set
+    before the first epoch.
+    """
 
     def __init__(self, accelerator, save_total_limit: int | None):
         self.accelerator, self.save_total_limit = accelerator, save_total_limit
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= state.max_steps
+        self.run_folder = identify_run_folder(args.output_dir)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The losses since the last entry of the history would be lost to whoever goes on from here.
+        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
+        # The Trainer would make the folder again, without its lock and run.json. A notebook has neither.
+        is_watched = control.should_save and state.is_world_process_zero and self.run_folder is not None
+        if is_watched and identify_run_folder(args.output_dir) != self.run_folder:
+            raise UserError(f"{args.output_dir}: was removed while the run went on. Start it again.")
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         self.accelerator.wait_for_everyone()
@@ -30,6 +49,7 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__, self.state())
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SpeedProgress(ProgressCallback):

@@ -4,7 +4,7 @@
     python infer.py output_zero2 --prompt "你是谁？" --temperature 0        one question
     python infer.py output_zero2 --file questions.txt --output replies.jsonl    one question a line, in batches
 
-The way of a reply: messages -> encode_prompts (the template of the training) -> stream_tokens -> decode_pieces -> text.
+The way of a reply: messages -> encode_prompt (as in training) -> stream_tokens -> decode_pieces -> text.
 """
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
@@ -20,9 +20,10 @@ from pathlib import Path
 from queue import Queue
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rows import UserError, detect_encoding
+from files import UserError, detect_encoding
+from template import encode_prompt, read_tokenizer
 
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 
@@ -85,7 +86,7 @@ def load_trained_model(path: str, trust_remote_code=False, dtype: torch.dtype | 
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = dtype or (torch.bfloat16 if has_bf16 else torch.float32)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(path, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             base or path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
@@ -96,7 +97,6 @@ def load_trained_model(path: str, trust_remote_code=False, dtype: torch.dtype | 
         ) from None
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: its tokenizer has no chat template. Give a chat model, or what train.py has written.")
-    tokenizer.chat_control_tokens = []  # <think> in a history is read as in training; see encode_prompts
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # A base model may name another end than the end-of-turn token that the training put into the tokenizer.
@@ -110,22 +110,14 @@ def load_trained_model(path: str, trust_remote_code=False, dtype: torch.dtype | 
     return model.eval(), tokenizer
 
 
-def encode_prompts(tokenizer, conversations: list[list[dict]]):
-    """Conversations as the training rendered them, up to where the assistant speaks next, padded on the left.
-
-    A control token that stands in a message is encoded as plain text: what a user types can't end their own turn.
+def encode_prompts(tokenizer, conversations: list[list[dict]], tools: list[dict] | None = None, **template_kwargs):
+    """The prompts of several conversations, padded on the left; see `template.encode_prompt`.
 
     Returns:
         `input_ids` and `attention_mask` of shape (conversations, tokens).
     """
-    return tokenizer.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        sanitize_control_tokens=True,
-        padding=len(conversations) > 1,
-        return_tensors="pt",
-        tokenizer_kwargs={"padding_side": "left"},
-    )
+    prompts = [encode_prompt(messages, tokenizer, tools, **template_kwargs) for messages in conversations]
+    return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
 
 
 def context_length(model) -> int:

@@ -1,202 +1,209 @@
-"""Files of conversations -> checked rows: one encoding a file, three formats, every row good or bad with its reason."""
+"""Records of three formats -> checked conversations, every row good or bad with its reason."""
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
-import codecs
-import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+from files import UserError, read_records
 
-
-# >>> encoding
-class UserError(ValueError):
-    """What is wrong with what the user gave, where, and what to do about it; printed without a traceback."""
-
-
-def detect_encoding(path: str) -> tuple[str, str]:
-    """A file's encoding (UTF-8, else GB18030, strictly) and SHA-256; raises UserError with the bad byte's offset."""
-    first_error = None
-    for encoding in ("utf-8-sig", "gb18030"):
-        decoder, digest, position = codecs.getincrementaldecoder(encoding)(), hashlib.sha256(), 0
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    pending = len(decoder.getstate()[0])
-                    if b"\0" in chunk:
-                        offset = position + chunk.index(b"\0")
-                        raise UserError(f"{path}: NUL at byte {offset}: UTF-16 or binary? Save the file as UTF-8.")
-                    decoder.decode(chunk)
-                    position += len(chunk)
-                    digest.update(chunk)
-                pending = len(decoder.getstate()[0])
-                decoder.decode(b"", final=True)
-            return encoding, digest.hexdigest()
-        except UnicodeDecodeError as error:
-            first_error = first_error or (position - pending + error.start)
-    raise UserError(
-        f"{path}: neither UTF-8 (first bad byte at offset {first_error}) nor GB18030. Save the file as UTF-8."
-    )
+ROLES = {
+    **{"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"},
+    **{"gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool"},
+}
+USED_OF_A_MESSAGE = {"role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "reasoning_content"}
+LEARNED = ("weight", "loss", "train")  # OpenAI's, ms-swift's and axolotl's name: 0 or false takes a turn out
 
 
-# <<< encoding
+def is_empty(value: object) -> bool:
+    """None, and NaN: what spreadsheets and Parquet have where nothing was given."""
+    return value is None or value != value
 
 
-# >>> json
-def list_files(data_path: str) -> list[str]:
-    """The `.json` / `.jsonl` files of a file or folder, by name; raises UserError where there is none."""
-    path = Path(data_path)
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
-    files = sorted(
-        str(file)
-        for file in path.rglob("*")
-        if file.suffix.lower() in (".json", ".jsonl")
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
-    )
-    if not files:
-        raise UserError(f"{data_path}: the folder holds no .json or .jsonl file.")
-    return files
-
-
-def read_json(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
-    """Yields (line number, value or UserError, text) of a JSON array or of a file with one JSON object a line.
-
-    Raises:
-        UserError: an array that is broken, with line and column (what follows cannot be told apart any more).
-    """
-    with open(path, encoding=encoding) as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        file.seek(0)
-        if start != "[":
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line), line
-                    except json.JSONDecodeError as error:
-                        yield number, UserError(f"no JSON: {error.msg} at column {error.colno}"), line
-            return
-        text = file.read()
+def from_json(value: object, name: str) -> object:
+    """The value, read as JSON where it is a text, as tables and ShareGPT's tools have it; raises UserError."""
     try:
-        yield from read_array(text, text.index("["))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: no JSON: {error.msg}") from None
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} holds no JSON: {error}") from None
 
 
-def read_array(text: str, position: int) -> Iterator[tuple[int, object, str]]:
-    """Yields (line number, value, its text) of the JSON array that starts at `position` and ends the text.
+def refuse_lone_surrogates(value: object) -> None:
+    """Raises UserError where a text holds half a character, which no file and no tokenizer can."""
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False)):
+        raise UserError("a lone surrogate (a \\ud... without its other half)")
+
+
+def read_text(content: object) -> str:
+    """A message's text, given as a string or as a list of text parts; raises UserError for anything else."""
+    if is_empty(content):
+        return ""
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+            text = (part.get("text") or part.get("value")) if kind == "text" else None
+            if not isinstance(text, str):
+                hint = "; train_llava trains on images" if kind in ("image", "image_url", "video") else ""
+                raise UserError(f"a part of its content is {kind}, only text can be trained on here{hint}")
+            texts.append(text)
+        return "".join(texts)
+    if not isinstance(content, str):
+        raise UserError(f"the text is {type(content).__name__}, not a string")
+    return content
+
+
+def read_calls(calls: object) -> list[dict]:
+    """Tool calls as templates want them: `{"type": "function", "function": {"name", "arguments": {...}}}`."""
+    calls = from_json(calls, "a tool call")
+    checked = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise UserError("a tool call is an object with name and arguments")
+        arguments = from_json(function.get("arguments") or {}, "a tool call's arguments")
+        if not isinstance(arguments, dict):
+            raise UserError("a tool call's arguments are an object")
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        checked.append(kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return checked
+
+
+def read_tools(tools: object) -> list[dict] | None:
+    """The functions that the model may call, a list or its JSON text; None where there are none."""
+    tools = from_json(tools, "tools") if tools else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools is a list of objects")
+    refuse_lone_surrogates(tools)
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def standard_message(turn: object) -> tuple[dict, list[str]]:
+    """A message of any format under its standard names, and the keys that were not used.
+
+    Returns:
+        `role`, `content` and, where there are some, `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and
+        `weight` 0 on a turn that is not to be learned.
 
     Raises:
-        json.JSONDecodeError: where the text is no such array.
+        UserError: what is wrong with it.
     """
-    decoder, number, counted = json.JSONDecoder(), 1, 0
-    position = skip_space(text, position + 1)
-    while text[position : position + 1] != "]":
-        number, counted = number + text.count("\n", counted, position), position
-        value, end = decoder.raw_decode(text, position)
-        yield number, value, text[position:end]
-        position = skip_space(text, end)
-        if text[position : position + 1] == ",":
-            position = skip_space(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise json.JSONDecodeError("a comma or ] is missing", text, position)
-    if (rest := skip_space(text, position + 1)) < len(text):
-        raise json.JSONDecodeError("there is more after the end of the array", text, rest)
+    turn = {key: value for key, value in turn.items() if not is_empty(value)}
+    given = turn.get("role", turn.get("from"))
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise UserError(f"unknown role {given!r}, known are {', '.join(ROLES)}")
+    message, content = {"role": role}, turn.get("content", turn.get("value"))
+    if given == "function_call":
+        message |= {"content": "", "tool_calls": read_calls(content)}
+    else:
+        message["content"] = read_text(content)
+    if role == "assistant" and turn.get("tool_calls"):
+        message["tool_calls"] = read_calls(turn["tool_calls"])
+    if role == "assistant" and read_text(turn.get("reasoning_content")).strip():
+        message["reasoning_content"] = read_text(turn["reasoning_content"])
+    message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
+    if not message["content"].strip() and role != "tool" and "tool_calls" not in message:
+        raise UserError("the text is empty")
+    refuse_lone_surrogates(message)
+    unused = set(turn) - USED_OF_A_MESSAGE - set(LEARNED)
+    for key in LEARNED:
+        if role != "assistant" and turn.get(key):
+            unused.add(key)
+        elif turn.get(key, 1) not in (0, 1):
+            raise UserError(f"{key} is {turn[key]!r}; a turn is learned (1, true) or not (0, false)")
+        elif role == "assistant" and not turn.get(key, 1):
+            message["weight"] = 0
+    return message, sorted(unused)
 
 
-def skip_space(text: str, position: int) -> int:
-    """The first position at or after the given one that is not JSON's white space."""
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-# <<< json
-
-
-def to_messages(row: object) -> tuple[list[dict], list[str]]:
-    """One row of any of the three formats as `[{"role", "content"}, ...]`, and the keys that were not used.
+def to_messages(row: object) -> tuple[list[dict], list[dict] | None, list[str]]:
+    """One row of any of the three formats as messages of `standard_message`, its tools, and the keys not used.
 
     Raises:
         UserError: what the row lacks, in words.
     """
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, this is a {type(row).__name__}")
-    if "messages" in row or "conversations" in row:
-        name, role_key, text_key = (
-            ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-        )
-        turns, used = row[name], {name, "system"}
+    row = {key: value for key, value in row.items() if not is_empty(value)}
+    name = next((name for name in ("messages", "conversations") if name in row), None)
+    if "chosen" in row and "rejected" in row:
+        raise UserError("a preference row (chosen, rejected); baichuan2_dpo trains on those")
+    if name:
+        turns, used = from_json(row[name], name), {name, "system", "tools"}
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"{name} is a list of objects with {role_key} and {text_key}")
-        messages = [{"role": turn.get(role_key), "content": turn.get(text_key)} for turn in turns]
-    elif "instruction" in row:
-        used = {"instruction", "input", "output", "history", "system"}
-        if "output" not in row:
-            raise UserError("no output")
-        question, addition, history = row["instruction"], row.get("input") or "", row.get("history") or []
-        if not isinstance(question, str) or not isinstance(addition, str):
-            raise UserError("instruction and input are strings")
-        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise UserError("history is a list of [question, answer] pairs")
-        pairs = [*history, (f"{question}\n{addition}" if addition else question, row["output"])]
-        messages = [
-            {"role": role, "content": text}
-            for pair in pairs
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+            raise UserError(f"{name} is a list of objects with role and content, or from and value")
+    elif "instruction" in row or "output" in row:
+        turns, used = read_instruction(row), {"instruction", "input", "output", "history", "system", "tools"}
     else:
-        raise UserError(f"none of messages, conversations, instruction among its keys {sorted(row)}")
+        hint = "; model_clm trains on plain text" if "text" in row else ""
+        raise UserError(f"none of messages, conversations, instruction among its keys {sorted(row)}{hint}")
     if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return check_messages(messages), sorted(set(row) - used)
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    messages, unused = [], set(row) - used
+    for number, turn in enumerate(turns, start=1):
+        try:
+            message, unused_of_it = standard_message(turn)
+        except UserError as error:
+            raise UserError(f"message {number} ({turn.get('role', turn.get('from'))}): {error}") from None
+        messages.append(message)
+        unused |= {f"{name or 'history'}[].{key}" for key in unused_of_it}
+    check_order(messages)
+    return messages, read_tools(row.get("tools")), sorted(unused)
 
 
-def check_messages(messages: list[dict]) -> list[dict]:
-    """The messages with standard roles; raises UserError where one breaks the order, or is empty, or is no text."""
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
-        if role is None:
-            raise UserError(f"message {number}: unknown role {message['role']!r}, known are {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise UserError(f"message {number} ({role}): the text is {type(message['content']).__name__}, not a string")
-        if not message["content"].strip():
-            raise UserError(f"message {number} ({role}): the text is empty")
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            raise UserError(f"message {number} ({role}): a lone surrogate (a \\ud... without its other half)")
-        checked.append({"role": role, "content": message["content"]})
-    if not any(message["role"] == "assistant" for message in checked):
+def read_instruction(row: dict) -> list[dict]:
+    """The turns of a row of instruction, input, output and history; raises UserError where one is missing."""
+    if "output" not in row:
+        raise UserError("no output")
+    question, addition, history = row.get("instruction", ""), row.get("input", ""), row.get("history", [])
+    if not isinstance(question, str) or not isinstance(addition, str):
+        raise UserError("instruction and input are strings")
+    history = from_json(history, "history")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError("history is a list of [question, answer] pairs")
+    pairs = [*history, ("\n".join(text for text in (question, addition) if text.strip()), row["output"])]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def check_order(messages: list[dict]) -> None:
+    """Raises UserError where an answer has no question, a result no call, or the end no answer.
+
+    Questions in a row and later system messages are left to the chat template.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
         raise UserError("no assistant turn, so there is nothing to learn")
-    first = int(checked[0]["role"] == "system")
-    for number, message in enumerate(checked[first:], start=first + 1):
-        expected = ("user", "assistant")[(number - first - 1) % 2]
-        if message["role"] != expected:
-            raise UserError(
-                f"message {number}: roles in the wrong order, {message['role']} where {expected} was expected"
-            )
-    if checked[-1]["role"] != "assistant":
-        raise UserError("the last message is the user's, so its answer is missing")
-    return checked
+    before = {"role": "system"}
+    for number, message in enumerate(messages, start=1):
+        role, answers = message["role"], before["role"] in ("user", "tool")
+        asked = any(earlier["role"] == "user" for earlier in messages[: number - 1])
+        if role == "assistant" and not (answers or asked and before["role"] == "system"):
+            raise UserError(f"message {number}: roles in the wrong order, assistant where user was expected")
+        if role == "tool" and before["role"] != "tool" and "tool_calls" not in before:
+            raise UserError(f"message {number}: roles in the wrong order, a tool's result without its call")
+        before = message
+    if before["role"] != "assistant":
+        raise UserError(f"the last message is the {before['role']}'s, so its answer is missing")
 
 
 def read_rows(paths: list[str], encodings: list[str]) -> Iterator[dict]:
-    """Every row of every file, good or bad: its messages as JSON, its `file:line`, and what is wrong with it."""
+    """Every row of every file, good or bad: its messages and tools as JSON, its `file:line`, and what is wrong."""
     row = None
     for path, encoding in zip(paths, encodings, strict=True):
-        for number, value, text in read_json(path, encoding):
-            row = {"messages": "", "source": f"{path}:{number}", "error": "", "raw": "", "unused_keys": "[]"}
+        for number, value, text in read_records(path, encoding):
+            row = {"messages": "", "tools": "null", "source": f"{path}:{number}"}
+            row |= {"error": "", "raw": "", "unused_keys": "[]"}
             try:
                 if isinstance(value, UserError):
                     raise value
-                messages, unused_keys = to_messages(value)
-                row.update(messages=json.dumps(messages, ensure_ascii=False), unused_keys=json.dumps(unused_keys))
+                messages, tools, unused_keys = to_messages(value)
+                row.update(
+                    {"messages": json.dumps(messages, ensure_ascii=False), "unused_keys": json.dumps(unused_keys)}
+                )
+                row["tools"] = json.dumps(tools, ensure_ascii=False)
             except UserError as error:
                 row.update(error=str(error), raw=text.strip())
             yield row

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from data import CACHE_DIR
-from rows import detect_encoding, list_files, read_rows
+from files import identify_file, list_files
+from rows import read_rows
 
 # The layout that GLM-4 was trained on (https://huggingface.co/THUDM/glm-4-9b-chat-hf, tokenizer_config.json). A turn
 # has no end of its own: the mark of the next one ends it.
@@ -86,7 +87,7 @@ def build_tiny_model(texts: list[str], folder: str, vocab_size: int = 1024) -> N
 def tiny_model_folder(data_path: str) -> str:
     """Folder of the tiny model for this data, built by the first process that asks for it."""
     paths = list_files(data_path)
-    encodings, digests = zip(*map(detect_encoding, paths), strict=True)
+    encodings, digests = zip(*map(identify_file, paths), strict=True)
     identity = json.dumps([digests, Path(__file__).read_text("utf-8")])
     folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     CACHE_DIR.mkdir(exist_ok=True)

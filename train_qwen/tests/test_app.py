@@ -2,23 +2,40 @@
 
 import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 import torch
-import uvicorn
+from ranks import RECIPE
 
 import app
-from infer import load_trained_model, reply_batch
+from infer import encode_prompts, load_trained_model, reply_batch
 from rows import UserError
 
 KEY = "sk-test-123"
 QUESTION = [{"role": "user", "content": "天地玄黄"}]
 CONTEXT = 16384
+# As Qwen3's: knows tools and thoughts.
+TEMPLATE = """{% if tools %}{{ tools | tojson }}
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}
+{%- for call in message.tool_calls %}[{{ call.function.name }}:{{ call.function.arguments.city }}]{% endfor %}
+{{- message.tool_call_id }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+{% if enable_thinking %}<think>
+{% endif %}"""
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "昃"}'}}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +54,7 @@ def chat(tiny_folder):
 @contextlib.contextmanager
 def serve(application):
     """Runs the application on a free port; yields its address."""
-    config = uvicorn.Config(application, port=0, log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = app.create_server(application, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -65,6 +81,26 @@ def client(server):
 def ask(client, messages=QUESTION, **settings):
     settings = {"model": "tiny", "max_tokens": 20, "temperature": 0, **settings}
     return client.chat.completions.create(messages=messages, **settings)
+
+
+@pytest.fixture
+def script(chat, monkeypatch):
+    """Sets what the model replies, piece by piece, and its template; returns the list of prompts and settings asked."""
+
+    def write(reply: list[str], template: str = TEMPLATE) -> list[tuple[str, dict]]:
+        model, tokenizer = chat
+        asked = []
+
+        def stream_tokens(model, inputs, settings, stop):
+            asked.append((tokenizer.decode(inputs["input_ids"][0]), settings))
+            for piece in reply:
+                yield from tokenizer(piece)["input_ids"]
+
+        monkeypatch.setattr(app, "stream_tokens", stream_tokens)
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        return asked
+
+    return write
 
 
 def expected_reply(chat, messages=QUESTION, max_new_tokens: int = 20) -> str:
@@ -172,8 +208,68 @@ def test_seed_repeats_a_sampled_reply(client):
     assert first == second != third
 
 
+def test_what_clients_send_back_of_a_reply_is_accepted(chat, client, script):
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
+    history = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "宇宙", **empty},
+        {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "宙"},
+        {"role": "assistant", "content": "洪荒", "tool_calls": None, "reasoning_content": None, **empty},
+        QUESTION[0],
+    ]
+    asked = script(["好"])
+    assert ask(client, history, tools=[TOOL], tool_choice="auto").choices[0].message.content == "好"
+    ask(client, tools=[TOOL], tool_choice="none")
+    user, start = "<|im_start|>user\n天地玄黄<|im_end|>\n", "<|im_start|>assistant\n"
+    assert asked[0][0] == (
+        f"{json.dumps([TOOL])}\n{user}{start}<think>宇宙</think>[f:昃]<|im_end|>\n"
+        f"<|im_start|>tool\n宙c1<|im_end|>\n{start}洪荒<|im_end|>\n{user}{start}"
+    )
+    assert asked[1][0] == user + start
+
+
+def test_sampling_parameters_and_template_variables(client, script):
+    asked = script(["好"])
+    ask(client, temperature=1, extra_body={"top_k": 5, "min_p": 0.1, "chat_template_kwargs": {"enable_thinking": True}})
+    ask(client, temperature=1, extra_body={"top_k": -1})
+    ask(client, temperature=1e-45, extra_body={"top_k": 5, "min_p": 0.1})
+    assert asked[0][0].endswith("<think>\n") and not asked[1][0].endswith("<think>\n")
+    assert (asked[0][1]["top_k"], asked[0][1]["min_p"]) == (5, 0.1)
+    assert asked[1][1]["top_k"] == 0 and "min_p" not in asked[1][1]
+    assert not asked[2][1]["do_sample"] and "min_p" not in asked[2][1]
+
+
+def test_extremes_of_sampling_are_no_failure(chat, client):
+    assert ask(client, temperature=1e-38).choices[0].message.content == expected_reply(chat)
+    settings = {"temperature": 1e-5, "extra_body": {"top_k": 10**30, "min_p": 1, "repetition_penalty": 0.01}}
+    assert ask(client, max_tokens=3, **settings).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "thinking, pieces, thought, content",
+    [
+        (True, ["宇<", "/thi", "nk>\n", "\n天\n", "地"], "宇", "天\n地"),
+        (True, ["宇</thi", "宙"], "宇</thi宙", ""),
+        (True, ["</think>"], "", ""),
+        (False, ["\n<th", "ink>宇", "</think>天</think>"], "宇", "天</think>"),
+        (False, ["<thi", "天"], None, "<thi天"),
+        (False, ["天<think>宇</think>"], None, "天<think>宇</think>"),
+    ],
+)
+def test_thoughts_are_apart(client, script, thinking, pieces, thought, content):
+    script(pieces)
+    settings = {"extra_body": {"chat_template_kwargs": {"enable_thinking": thinking}}}
+    message = ask(client, **settings).choices[0].message.model_dump()
+    deltas = [chunk.choices[0].delta.model_dump() for chunk in ask(client, stream=True, **settings)]
+    assert (message.get("reasoning_content"), message["content"]) == (thought, content)
+    for field, text in (("reasoning_content", thought), ("content", content)):
+        assert "".join(delta.get(field) or "" for delta in deltas) == (text or "")
+
+
 def test_models_and_health(server, client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    with pytest.raises(openai.NotFoundError, match="no model 'a/b' here, only 'tiny'"):
+        client.models.retrieve("a/b")
     assert httpx.get(f"{server.address}/health").json() == {"status": "ok"}
 
 
@@ -187,6 +283,9 @@ def test_wrong_or_missing_key_is_refused(server):
     url = f"{server.address}/v1/chat/completions"
     assert httpx.post(url, json={}).status_code == 401
     assert httpx.post(url, json={}, headers={"Authorization": "Bearer 钥匙".encode()}).status_code == 401
+    for scheme, status in (("bearer", 200), ("BEARER", 200), ("Basic", 401)):
+        headers = {"Authorization": f"{scheme} {KEY}"}
+        assert httpx.get(f"{server.address}/v1/models", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -197,14 +296,31 @@ def test_wrong_or_missing_key_is_refused(server):
         ({"max_tokens": 10001}, openai.BadRequestError, "max_tokens", "at most 10000"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "greater than or equal to 1"),
         ({"messages": []}, openai.BadRequestError, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role", "assistant"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, openai.BadRequestError, "messages.0.role", "assistant"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "less than or equal to 2"),
         ({"stop": ["a", ""]}, openai.BadRequestError, "stop.1", "at least 1 character"),
         ({"n": 2}, openai.BadRequestError, "n", "does not support n"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "does not support tools"),
+        ({"messages": [{"role": "user"}]}, openai.BadRequestError, "messages.0", "content is missing"),
+        ({"tools": [TOOL]}, openai.BadRequestError, "tools", "this model's chat template knows no tools"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", "does not support tool_choice"),
         ({"logprobs": True}, openai.BadRequestError, "logprobs", "does not support logprobs"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format", "not support"),
-        ({"extra_body": {"top_k": 5}}, openai.BadRequestError, "top_k", "not permitted"),
+        ({"extra_body": {"beams": 5}}, openai.BadRequestError, "beams", "not permitted"),
+        ({"extra_body": {"top_k": -2}}, openai.BadRequestError, "top_k", "greater than or equal to -1"),
+        ({"extra_body": {"min_p": 1.1}}, openai.BadRequestError, "min_p", "less than or equal to 1"),
+        ({"extra_body": {"repetition_penalty": 1e-38}}, openai.BadRequestError, "repetition_penalty", "equal to 0.01"),
+        (
+            {"extra_body": {"chat_template_kwargs": {"tools": [], "tokenize": False, "mine": 1}}},
+            openai.BadRequestError,
+            "chat_template_kwargs",
+            "can't set tokenize, tools, only",
+        ),
+        (
+            {"extra_body": {"chat_template_kwargs": {"messages": []}}},
+            openai.BadRequestError,
+            "messages",
+            "multiple values for",
+        ),
     ],
 )
 def test_bad_requests_are_refused_in_openai_s_form(client, change, error, param, message):
@@ -213,6 +329,23 @@ def test_bad_requests_are_refused_in_openai_s_form(client, change, error, param,
     assert caught.value.param == param
     assert message in caught.value.body["message"]
     assert caught.value.type == "invalid_request_error"
+
+
+def test_broken_arguments_of_a_tool_call_are_refused(client):
+    for arguments in ("{", "[]", '"a"'):
+        call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, [*QUESTION, {"role": "assistant", "tool_calls": [call]}])
+        assert error.value.param == "messages.1.tool_calls.0.function.arguments"
+
+
+def test_far_too_long_a_prompt_is_not_tokenized(chat, server, client, monkeypatch):
+    longest = max(chat[1].get_vocab(), key=len)
+    assert server.state.max_characters == 200 * len(longest)
+    monkeypatch.setattr(app, "encode_prompts", None)
+    with pytest.raises(openai.BadRequestError, match="1000[0-9]* characters") as error:
+        ask(client, [{"role": "user", "content": "天" * 100_000}])
+    assert error.value.code == "context_length_exceeded"
 
 
 def test_image_parts_are_refused(client):
@@ -258,7 +391,9 @@ def test_client_of_a_plain_reply_that_goes_away_frees_the_model(server, client):
     wait_until(lambda: running(server) == 0, seconds=2)
 
 
-def test_full_queue_is_refused_and_a_waiting_client_that_goes_away_frees_its_place(server, client):
+def test_full_queue_is_refused_and_a_waiting_client_that_goes_away_frees_its_place(server, client, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(app, "encode_prompts", lambda *args: encoded.append(args) or encode_prompts(*args))
     stream = ask(client, stream=True, max_tokens=10000)
     next(iter(stream))
     with pytest.raises(openai.APITimeoutError):  # waits, since one place is free, until it has had enough
@@ -276,6 +411,7 @@ def test_full_queue_is_refused_and_a_waiting_client_that_goes_away_frees_its_pla
     stream.close()
     waiting.join(5)
     assert replies[0].usage.completion_tokens == 20
+    assert len(encoded) == 2  # of the stream and of the one who waited to the end
 
 
 def test_failure_inside_is_a_500_that_tells_nothing(server, client, chat, monkeypatch):
@@ -321,6 +457,110 @@ def test_server_ends_while_a_stream_runs(chat):
     # `serve` has seen the server end within its time; the client is told, not left waiting.
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "My.Host:80", "Origin": "https://localhost:3000"}, 200),
+        ({"Origin": "https://page.example"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example:80"}, 403),
+        ({"Host": "[::1].evil.example"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_foreign_sites_are_refused_where_there_is_no_key(keyless, headers, status):
+    response = httpx.get(f"{keyless}/v1/models", headers=headers)
+    assert response.status_code == status
+    assert status == 200 or response.json()["error"]["code"] == "foreign_site"
+    allowed = response.headers.get("access-control-allow-origin")
+    assert allowed == ("https://page.example" if "page.example" in headers.get("Origin", "") else None)
+
+
+@pytest.fixture(scope="module")
+def keyless(chat):
+    with serve(app.create_app(*chat, "tiny", host="my.host", cors_origin="https://page.example/")) as address:
+        yield address
+
+
+def test_a_key_lets_every_host_in_and_no_page(server):
+    headers = {"Authorization": f"Bearer {KEY}", "Host": "any.example", "Origin": "https://page.example"}
+    response = httpx.get(f"{server.address}/v1/models", headers=headers)
+    assert response.status_code == 200 and "access-control-allow-origin" not in response.headers
+
+
+def connect(address: str, text: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(address.removeprefix("http://").split(":"), timeout=5)
+    connection.sendall(text)
+    return connection
+
+
+def test_slow_clients_are_dropped(keyless, monkeypatch):
+    monkeypatch.setattr(app, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.3)
+    post = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+    with connect(keyless) as silent, connect(keyless, post[:20]) as slow, connect(keyless, post) as bodiless:
+        for _ in range(3):
+            time.sleep(0.1)
+            slow.sendall(b"x")
+        assert silent.recv(1) == b"" == slow.recv(1)
+        answer = bodiless.recv(1000) + bodiless.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
+        time.sleep(0.2)
+        bodiless.sendall(b"x")
+        assert bodiless.recv(1) == b""
+
+
+def test_idle_connections_deny_nobody(keyless, monkeypatch):
+    monkeypatch.setattr(app, "SPARE_CONNECTIONS", -8)  # beside the 16 of the queue
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(keyless)) for _ in range(20)]
+        assert httpx.get(f"{keyless}/health").status_code == 200
+        assert idle[0].recv(1) == b""
+        idle[-1].sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert idle[-1].recv(12) == b"HTTP/1.1 200"
+
+
+def test_sigterm_tells_every_client_and_ends_well(chat, tmp_path):
+    model, tokenizer = chat
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", str(tmp_path / "tiny"), "--port", str(port), "--max_new_tokens", "10000"]
+    environment = {name: value for name, value in os.environ.items() if name != "API_KEY"}
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, cwd=RECIPE, stderr=log, env=environment) as process,
+    ):
+        address = f"http://127.0.0.1:{port}"
+        with contextlib.ExitStack() as stack:
+            stack.callback(process.kill)
+            wait_until(lambda: "Uvicorn running" in (tmp_path / "log").read_text(), seconds=60)
+            client = stack.enter_context(openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0))
+            stream = ask(client, stream=True, max_tokens=10000)
+            next(iter(stream))
+            for _ in range(300):
+                stack.enter_context(connect(address))
+            post = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+            stack.enter_context(connect(address, post))
+            pool = stack.enter_context(ThreadPoolExecutor())
+            waiting = [pool.submit(ask, client) for _ in range(3)]
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="the server shuts down"):
+                list(stream)
+            for job in waiting:
+                assert isinstance(job.exception(), openai.InternalServerError)
+                assert (job.exception().status_code, job.exception().code) == (503, "shutting_down")
+            assert process.wait(8) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])

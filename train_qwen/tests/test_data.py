@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from conftest import make_conversations, write_rows
-from data import IGNORE_INDEX, column, encode_conversation, encode_newest, encode_row, load_encoded, load_splits
-from rows import UserError, check_messages, detect_encoding, list_files, read_rows, to_messages
+from data import column, encode_newest, encode_row, load_encoded, load_splits
+from files import detect_encoding, identify_file, list_files, list_unread_files
+from rows import UserError, read_rows, to_messages
+from template import IGNORE_INDEX, encode_conversation
 
 TURNS = [
     {"role": "system", "content": "你是老师。"},
@@ -17,16 +19,6 @@ TURNS = [
     {"role": "user", "content": "二加二呢？"},
     {"role": "assistant", "content": "等于四。"},
 ]
-
-# The behaviour of Qwen3's template: the last answer gets an empty thought, earlier ones lose theirs.
-THINKING_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.role == 'assistant' and loop.last %}<think>
-
-</think>
-
-{% endif %}{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 def supervised_text(tokenizer, labels: list[int]) -> str:
@@ -50,61 +42,20 @@ def turns(*roles_and_texts):
     return [{"role": role, "content": text} for role, text in roles_and_texts]
 
 
-def test_labels_decode_to_every_answer_with_its_end_of_turn(tokenizer):
-    input_ids, labels = encode_conversation(TURNS, tokenizer)
-    assert supervised_text(tokenizer, labels) == "等于二。<|im_end|>等于四。<|im_end|>"
-    assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
-    kept = [(token, label) for token, label in zip(input_ids, labels, strict=True) if label >= 0]
-    assert all(token == label for token, label in kept)
-
-
-def test_end_of_turn_is_supervised_where_it_is_the_padding_token_too(tiny_folder):
+def test_labels_decode_to_every_answer_with_its_end_of_turn(tiny_folder):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, pad_token="<|im_end|>")
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert encode_conversation(TURNS, tokenizer)[1].count(tokenizer.eos_token_id) == 2
-
-
-def test_template_that_rewrites_the_last_answer(tiny_folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, chat_template=THINKING_TEMPLATE)
-    tokenizer.chat_template = THINKING_TEMPLATE
-    text = supervised_text(tokenizer, encode_conversation(TURNS, tokenizer)[1])
-    assert text == "等于二。<|im_end|><think>\n\n</think>\n\n等于四。<|im_end|>"
-
-
-QUESTION_ANSWER_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}### 问：{{ message.content }}
-### 答：{% elif message.role == 'assistant' %}{{ message.content }}
-{% endif %}{% endfor %}"""
-# The behaviour of Phi-3's template: the end of a turn is a special token that has no name such as EOS.
-PHI_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
-{{ message.content }}<|end|>
-{% endfor %}{% if add_generation_prompt %}<|assistant|>
-{% endif %}"""
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [(QUESTION_ANSWER_TEMPLATE, "等于二。等于四。<|im_end|>"), (PHI_TEMPLATE, "等于二。<|end|>等于四。<|end|>")],
-)
-def test_templates_whose_end_of_turn_has_no_name(template, expected, tiny_folder):
-    from transformers import AddedToken, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    if template == PHI_TEMPLATE:
-        marks = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-        tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
-    tokenizer.chat_template = template
-    assert supervised_text(tokenizer, encode_conversation(TURNS[1:], tokenizer)[1]) == expected
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, pad_token="<|im_end|>")  # learned though it pads, too
+    [example] = encode_conversation(TURNS, tokenizer)
+    assert supervised_text(tokenizer, example["labels"]) == "等于二。<|im_end|>等于四。<|im_end|>"
+    assert tokenizer.decode(example["input_ids"]) + "\n" == tokenizer.apply_chat_template(TURNS, tokenize=False)
 
 
 def test_too_long_a_conversation_loses_its_oldest_exchange_and_keeps_the_system_message(tokenizer):
-    whole = encode_newest(TURNS, tokenizer, 2048)
+    [whole] = encode_newest(TURNS, tokenizer, 2048)
     assert whole["exchanges_dropped"] == 0
-    assert encode_newest(TURNS, tokenizer, len(whole["input_ids"])) == whole
-    shorter = encode_newest(TURNS, tokenizer, len(whole["input_ids"]) - 1)
+    assert encode_newest(TURNS, tokenizer, len(whole["input_ids"])) == [whole]
+    [shorter] = encode_newest(TURNS, tokenizer, len(whole["input_ids"]) - 1)
     assert shorter["exchanges_dropped"] == 1
     assert tokenizer.decode(shorter["input_ids"]).startswith("<|im_start|>system\n你是老师。")
     assert supervised_text(tokenizer, shorter["labels"]) == "等于四。<|im_end|>"
@@ -112,11 +63,23 @@ def test_too_long_a_conversation_loses_its_oldest_exchange_and_keeps_the_system_
 
 def test_a_conversation_of_hundreds_of_exchanges_keeps_as_many_of_the_newest_as_fit(tokenizer):
     exchanges = [turns(("user", f"第{number}问？"), ("assistant", f"第{number}答。")) for number in range(300)]
-    encoded = encode_newest([TURNS[0], *sum(exchanges, [])], tokenizer, 400)
+    [encoded] = encode_newest([TURNS[0], *sum(exchanges, [])], tokenizer, 400)
     dropped = encoded["exchanges_dropped"]
     assert supervised_text(tokenizer, encoded["labels"]).startswith(f"第{dropped}答。<|im_end|>第{dropped + 1}答。")
-    one_more, _ = encode_conversation([TURNS[0], *sum(exchanges[dropped - 1 :], [])], tokenizer)
-    assert len(encoded["input_ids"]) <= 400 < len(one_more)
+    [one_more] = encode_conversation([TURNS[0], *sum(exchanges[dropped - 1 :], [])], tokenizer)
+    assert len(encoded["input_ids"]) <= 400 < len(one_more["input_ids"])
+
+
+def test_turns_that_are_examples_of_their_own_lose_only_their_own_oldest_exchanges(tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "{{ '<|im_end|>' if loop.last }}")
+    roles_and_texts = [(role, f"{number}" * 60) for number in range(1, 5) for role in ("user", "assistant")]
+    examples = encode_newest(turns(*roles_and_texts), tokenizer, 300)
+    assert [example["exchanges_dropped"] for example in examples] == [0, 0, 1, 2]
+    answers = [f"{number}" * 60 + "<|im_end|>" for number in range(1, 5)]
+    assert [supervised_text(tokenizer, example["labels"]) for example in examples] == answers
 
 
 def test_an_exchange_that_is_too_long_alone_is_refused(tokenizer):
@@ -138,8 +101,8 @@ def test_what_the_template_refuses_is_a_bad_row(tiny_folder):
     # The behaviour of Gemma 2's template.
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    row = {"messages": json.dumps(TURNS), "source": "a:1", "error": "", "raw": "", "unused_keys": "[]"}
-    assert encode_row(row, tokenizer, 2048)["error"] == "the chat template refuses it: System role not supported"
+    row = {"messages": json.dumps(TURNS), "source": "a:1", "error": "", "raw": "", "unused_keys": "[]", "tools": "null"}
+    assert encode_row(row, tokenizer, 2048)[0]["error"] == "the chat template refuses it: System role not supported"
 
 
 def test_the_three_formats_say_the_same():
@@ -158,11 +121,97 @@ def test_the_three_formats_say_the_same():
         {"conversations": sharegpt, "system": "系统"},
         {"instruction": "问二", "input": "", "output": "答二", "history": [["问一", "答一"]], "system": "系统"},
     ]
-    assert [to_messages(row) for row in rows] == [([system, *messages], [])] * 3
+    rows.append({"messages": json.dumps([{"from": turn["role"], "value": turn["content"]} for turn in messages])})
+    rows[-1]["system"] = [{"type": "text", "text": "系"}, {"type": "text", "value": "统"}]
+    assert [to_messages(row) for row in rows] == [([system, *messages], None, [])] * 4
     assert to_messages({"instruction": "翻译", "input": "你好", "output": "Hello", "id": 7}) == (
-        [{"role": "user", "content": "翻译\n你好"}, {"role": "assistant", "content": "Hello"}],
+        turns(("user", "翻译\n你好"), ("assistant", "Hello")),
+        None,
         ["id"],
     )
+    for nothing in ("", None, float("nan")):
+        row = {"instruction": nothing, "input": "你好", "output": "在", "history": None}
+        assert to_messages(row)[0] == turns(("user", "你好"), ("assistant", "在"))
+
+
+def test_what_a_message_says_of_itself(tokenizer):
+    """Thoughts go to the template, turns of weight 0 are read and not learned, other keys are reported."""
+    for weight in ({"weight": 0}, {"loss": False}, {"train": False}):
+        said = turns(("user", "问一"), ("assistant", "坏"), ("user", "问二"), ("assistant", "好"))
+        said[1] |= weight | {"mood": "bad"}
+        messages, _, unused = to_messages({"messages": said})
+        assert unused == ["messages[].mood"]
+        [example] = encode_conversation(messages, tokenizer)
+        assert supervised_text(tokenizer, example["labels"]) == "好<|im_end|>"
+        assert "坏" in tokenizer.decode(example["input_ids"])
+    said = turns(("user", "二加二？"), ("assistant", "四"))
+    said[1]["reasoning_content"] = "二加二得四。"
+    [example] = encode_conversation(to_messages({"messages": said})[0], tokenizer)
+    assert supervised_text(tokenizer, example["labels"]) == "<think>\n二加二得四。\n</think>\n\n四<|im_end|>"
+
+
+# The structure of Qwen2.5's template for tools.
+TOOL_TEMPLATE = """{% if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{{ m.content }}{% for call in m.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_tool_calls_are_learned_and_results_are_not(tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+    openai = [
+        {"role": "user", "content": "北京天气？"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "晴", "tool_call_id": "1"},
+        {"role": "assistant", "content": "晴。"},
+    ]
+    values = ["北京天气？", '{"name": "weather", "arguments": {"city": "北京"}}', "晴", "晴。"]
+    roles = ["human", "function_call", "observation", "gpt"]
+    sharegpt = [{"from": role, "value": value} for role, value in zip(roles, values, strict=True)]
+    tool = {"name": "weather", "parameters": {"type": "object"}}
+    rows = [
+        {"messages": openai, "tools": [{"type": "function", "function": tool}]},
+        {"conversations": sharegpt, "tools": json.dumps([tool])},
+    ]
+    for row in rows:
+        messages, tools, unused = to_messages(row)
+        tokenizer.chat_template = TOOL_TEMPLATE
+        [example] = encode_conversation(messages, tokenizer, tools)
+        expected = (
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>晴。<|im_end|>'
+        )
+        assert supervised_text(tokenizer, example["labels"]) == expected and not unused
+        assert "parameters" in tokenizer.decode(example["input_ids"])
+        tokenizer.chat_template = tokenizer.chat_template.replace("if tools", "if false")
+        with pytest.raises(UserError, match="the chat template knows no tools"):
+            encode_conversation(messages, tokenizer, tools)
+        tokenizer.chat_template = tokenizer.chat_template.replace("in m.tool_calls", "in []")
+        with pytest.raises(UserError, match="drops the tool calls: 'weather'"):
+            encode_conversation(messages, tokenizer)
+
+
+def test_a_system_message_that_the_template_drops_is_named(tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    drops = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"  # as Phi-3's does
+    tokenizer.chat_template = drops + tokenizer.chat_template
+    with pytest.raises(UserError, match="the chat template drops the system message '你是老师。'"):
+        encode_conversation(TURNS, tokenizer)
+
+
+def test_questions_in_a_row_and_a_later_system_message_are_left_to_the_template(tokenizer):
+    said = turns(("user", "在吗"), ("user", "你好"), ("assistant", "在"), ("system", "用英语"), ("user", "好"))
+    [example] = encode_conversation(to_messages({"messages": [*said, *turns(("assistant", "Hi"))]})[0], tokenizer)
+    assert supervised_text(tokenizer, example["labels"]) == "在<|im_end|>Hi<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -170,24 +219,32 @@ def test_the_three_formats_say_the_same():
     [
         ({"instruction": "问"}, "no output"),
         ({"instruction": "问", "output": ""}, r"message 2 \(assistant\): the text is empty"),
-        ({"instruction": "问", "output": None}, "the text is NoneType, not a string"),
+        ({"instruction": "问", "output": None}, "no output"),
         ({"question": "问"}, "none of messages, conversations, instruction among its keys"),
         (["问", "答"], "a row is a JSON object, this is a list"),
-        ({"messages": "问"}, "messages is a list of objects"),
+        ({"messages": "问"}, "messages holds no JSON"),
+        ({"messages": ["问"]}, "messages is a list of objects"),
         ({"messages": []}, "no assistant turn"),
         ({"messages": turns(("system", "好"))}, "no assistant turn"),
         ({"messages": turns(("user", "好"))}, "no assistant turn"),
         ({"messages": turns(("assistant", "好"), ("user", "好"))}, "message 1: roles in the wrong order, assistant"),
         (
-            {"messages": turns(("user", "好"), ("user", "好"), ("assistant", "好"))},
-            "message 2: roles in the wrong order",
+            {"messages": turns(("user", "好"), ("assistant", "好"), ("assistant", "好"))},
+            "message 3: roles in the wrong",
         ),
-        ({"messages": turns(("user", "好"), ("assistant", "好"), ("system", "好"))}, "message 3: roles in the wrong"),
+        ({"messages": turns(("user", "好"), ("tool", "好"), ("assistant", "好"))}, "message 2: .* without its call"),
+        (
+            {"messages": turns(("user", "好"), ("assistant", "好"), ("system", "好"))},
+            "the last message is the system's",
+        ),
         ({"messages": turns(("user", "好"), ("assistant", "好"), ("user", "好"))}, "the last message is the user's"),
-        ({"messages": turns(("user", "好"), ("robot", "好"))}, "message 2: unknown role 'robot'"),
-        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "好"}]}, "message 1 .*NoneType"),
-        ({"messages": [{"role": ["user"], "content": "好"}]}, r"message 1: unknown role \['user'\]"),
-        ({"instruction": None, "input": "你好", "output": "好"}, "instruction and input are strings"),
+        ({"messages": turns(("user", "好"), ("robot", "好"))}, r"message 2 \(robot\): unknown role 'robot'"),
+        (
+            {"messages": [{"role": "user"}, {"role": "assistant", "content": "好"}]},
+            r"message 1 \(user\): the text is empty",
+        ),
+        ({"messages": [{"role": ["user"], "content": "好"}]}, r"message 1 .*: unknown role \['user'\]"),
+        ({"instruction": 3, "input": "你好", "output": "好"}, "instruction and input are strings"),
         ({"instruction": "问", "input": ["你好"], "output": "好"}, "instruction and input are strings"),
         ({"instruction": "问", "output": "好", "history": [{"问": 1, "答": 2}]}, "history is a list of .question"),
         ({"instruction": "问", "output": "好", "history": [["问", "答", "问"]]}, "history is a list of .question"),
@@ -195,15 +252,20 @@ def test_the_three_formats_say_the_same():
         ({"instruction": "问", "output": "好", "history": 3}, "history is a list of .question"),
         ({"instruction": "问", "output": "好", "history": [["问", 3]]}, r"message 2 \(assistant\): the text is int"),
         ({"instruction": "问\ud83d", "output": "好"}, r"message 1 \(user\): a lone surrogate"),
+        ({"prompt": "问", "chosen": "好", "rejected": "坏"}, "a preference row .*baichuan2_dpo"),
+        ({"text": "天地玄黄"}, "none of messages.*model_clm trains on plain text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is image_url, only text.*train_llava"),
+        (
+            {"messages": [*turns(("user", "好")), {"role": "assistant", "content": "好", "weight": 0.5}]},
+            "weight is 0.5",
+        ),
+        ({"conversations": [{"from": "human", "value": "好"}, {"from": "function_call", "value": "好"}]}, "no JSON"),
+        ({"instruction": "问", "output": "好", "tools": "[1]"}, "tools is a list of objects"),
     ],
 )
 def test_bad_rows_say_what_they_lack(row, reason):
     with pytest.raises(UserError, match=reason):
         to_messages(row)
-
-
-def test_roles_have_standard_names():
-    assert [turn["role"] for turn in check_messages(turns(("human", "问"), ("gpt", "答")))] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
@@ -239,7 +301,7 @@ def test_what_is_no_json_is_named_by_file_line_and_column(tokenizer, tmp_path):
     row = '{"instruction": "问", "output": "答"}'
     for text, place, reason in [
         (f"[\n{row}\n{row}]", "3:1", "a comma or ] is missing"),
-        (f"[{row}]\n[{row}]", "2:1", "there is more after the end of the array"),
+        (f"[{row}]\n[{row}]", "2:1", "there is more after its end"),
         (f"[{row},\n", "2:1", "Expecting value"),
     ]:
         path.write_text(text, encoding="utf-8")
@@ -252,7 +314,7 @@ def test_what_is_no_json_is_named_by_file_line_and_column(tokenizer, tmp_path):
 
 
 def test_an_empty_folder_an_empty_file_and_a_missing_path(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.json or \.jsonl file"):
+    with pytest.raises(UserError, match=r"the folder holds none of \.json"):
         load_encoded(str(tmp_path), tokenizer, 2048)
     with pytest.raises(UserError, match="there is no such file or folder"):
         load_encoded(str(tmp_path / "nowhere"), tokenizer, 2048)
@@ -262,10 +324,55 @@ def test_an_empty_folder_an_empty_file_and_a_missing_path(tokenizer, tmp_path):
 
 
 def test_hidden_copies_are_not_read_and_endings_may_be_capital(tmp_path):
-    for name in ("a.JSON", "b.jsonl", ".ipynb_checkpoints/a-checkpoint.json", "._a.json"):
+    for name in ("a.JSON", "b.jsonl", "c.txt", ".ipynb_checkpoints/a-checkpoint.json", "._a.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[]")
     assert list_files(str(tmp_path)) == [str(tmp_path / "a.JSON"), str(tmp_path / "b.jsonl")]
+    assert list_unread_files(str(tmp_path)) == [str(tmp_path / "c.txt")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "gb18030.csv", "tsv", "jsonl.gz", "parquet", "pretty.json", "data.json"])
+def test_files_of_other_kinds_are_read_alike(ending, tmp_path):
+    import gzip
+
+    import pandas as pd
+
+    rows = [
+        {"instruction": f"第{i}问", "input": "甲，\n乙" if i else None, "output": "答：龘𠮷"}
+        for i in range(1 + (ending != "pretty.json"))
+    ]
+    path, table = tmp_path / f"rows.{ending}", pd.DataFrame(rows)
+    if ending.endswith(("csv", "tsv")):
+        encoding = "gb18030" if ending.startswith("gb") else "utf-8-sig"
+        table.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",", encoding=encoding)
+    elif ending == "parquet":
+        table.to_parquet(path)
+    elif ending == "jsonl.gz":
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    else:
+        path.write_text(json.dumps(rows[0] if ending == "pretty.json" else {"n": [{}], "data": rows}, indent=1))
+    read = list(read_rows([str(path)], [identify_file(str(path))[0]]))
+    assert [json.loads(row["messages"])[0]["content"] for row in read] == ["第0问", "第1问\n甲，\n乙"][: len(rows)]
+    lines = {"parquet": [1, 2], "jsonl.gz": [1, 2], "pretty.json": [1], "data.json": [6, 11]}.get(ending, [2, 3])
+    assert [row["source"] for row in read] == [f"{path}:{line}" for line in lines]
+
+
+def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path):
+    for value, reason in (("9" * 5000, "digits"), ("[" * 100_000 + "]" * 100_000, "recursion")):
+        row = f'{{"instruction": "问", "output": "答", "id": {value}}}'
+        path = tmp_path / "rows.jsonl"
+        path.write_text(f"{row}\n{json.dumps({'instruction': '问', 'output': '答'})}\n", encoding="utf-8")
+        errors = [row["error"] for row in read_rows([str(path)], ["utf-8"])]
+        assert "JSON that can't be read" in errors[0] and reason in errors[0] and not errors[1]
+        path.write_text(f"[\n{row}]", encoding="utf-8")
+        with pytest.raises(UserError, match=r"rows\.jsonl:2:1: no JSON: can't be read"):
+            list(read_rows([str(path)], ["utf-8"]))
+
+
+def test_one_row_alone_or_only_copies_say_how_to_go_on(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", make_conversations(1) * 3)
+    with pytest.raises(UserError, match="3 good rows, 2 of them copies of validation rows.*--validation_split 0"):
+        load_splits(settings(path), tokenizer, 0, None)
 
 
 def test_a_file_that_begins_with_a_thousand_bad_rows_is_read(tokenizer, tmp_path):
@@ -309,7 +416,7 @@ def test_another_template_or_length_never_meets_an_old_cache(tiny_folder, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     rows, first = load_encoded(path, tokenizer, 2048)
     assert load_encoded(path, tokenizer, 2048)[1] == first
-    tokenizer.chat_template = THINKING_TEMPLATE
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
     others, second = load_encoded(path, tokenizer, 2048)
     assert second != first and others["input_ids"][0] != rows["input_ids"][0]
     write_rows(tmp_path / "rows.jsonl", make_conversations(6))

@@ -1,6 +1,8 @@
 """The exported folder: the same logits, plain files, and refusals."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,8 @@ def test_merged_folder_holds_what_serving_needs_and_nothing_else(adapter, tokeni
 def test_half_precision(adapter, tmp_path, dtype, capsys):
     target = str(tmp_path / "merged")
     export.main([adapter, target, "--dtype", dtype])
-    assert "largest difference of a logit" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "largest difference of a logit" in screen and f"vllm serve {target} --max-model-len 2048" in screen
     assert json.loads(Path(target, "config.json").read_text())["dtype"] == dtype
     assert AutoModelForCausalLM.from_pretrained(target).dtype == getattr(torch, dtype)
 
@@ -68,6 +71,83 @@ def test_whole_model_is_copied_plain(tiny_folder, tmp_path):
     target = tmp_path / "plain"
     assert export.export(tiny_folder, str(target)) == 0
     assert (target / "model.safetensors").is_file()
+
+
+def copy_with(folder: str, target: Path, **files: dict) -> str:
+    """A copy of a model folder with some values of its .json files replaced."""
+    shutil.copytree(folder, target)
+    for name, values in files.items():
+        file = target / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return str(target)
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_older_readers_find_what_they_look_for_and_so_does_the_newest(kind, tiny_folder, tokenizer, tmp_path):
+    scaling = {"rope_type": kind}
+    if kind == "yarn":
+        scaling |= {"factor": 4.0, "original_max_position_embeddings": 512}
+    path = copy_with(tiny_folder, tmp_path / "base", config={"rope_parameters": scaling | {"rope_theta": 1e6}})
+    target = tmp_path / "plain"
+    umask = os.umask(0o027)
+    try:
+        export.export(path, str(target))
+    finally:
+        os.umask(umask)
+    config = json.loads((target / "config.json").read_text())
+    assert config["rope_theta"] == 1e6 and config.get("rope_scaling") == (None if kind == "default" else scaling)
+    assert AutoModelForCausalLM.from_pretrained(target).config.rope_parameters == scaling | {"rope_theta": 1e6}
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    assert (
+        config["additional_special_tokens"] == tokenizer.extra_special_tokens and "extra_special_tokens" not in config
+    )
+    assert AutoTokenizer.from_pretrained(target).extra_special_tokens == tokenizer.extra_special_tokens
+    assert {file.stat().st_mode & 0o777 for file in target.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"temperature": 0.7, "top_k": 20}, {"do_sample": True, "temperature": 0.7, "top_k": 20}),
+        ({"do_sample": False, "temperature": 0.7}, {"do_sample": False}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+    ],
+)
+def test_generation_settings_that_contradict_each_other_are_mended(settings, written, tiny_folder, tmp_path):
+    path = copy_with(tiny_folder, tmp_path / "base", generation_config=settings)
+    export.export(path, str(tmp_path / "plain"))
+    config = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
+    names = ("do_sample", "temperature", "top_p", "top_k")
+    assert {name: config[name] for name in names if config.get(name) is not None} == written
+
+
+def test_generation_settings_beyond_mending_are_named(tiny_folder, tmp_path):
+    path = copy_with(tiny_folder, tmp_path / "base", generation_config={"typical_p": 0.5})
+    with pytest.raises(SystemExit, match=r"base: the generation_config.json .* can't be saved.*typical_p"):
+        export.main([path, str(tmp_path / "plain")])
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(("target", "name"), [("lm_head", "output head"), ("embed_tokens", "input embedding")])
+def test_adapter_on_one_of_two_tied_layers_is_refused(target, name, tiny_folder, tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"changes the {name}, .* one weight .* modules_to_save"):
+        export.export(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+def test_full_disk_is_said_in_one_line_and_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
+    def fail(folder):
+        assert (folder / "model.safetensors").exists()
+        raise OSError(28, "No space left on device", f"{folder}/config.json")
+
+    monkeypatch.setattr(export, "write_older_names", fail)
+    with pytest.raises(SystemExit, match=r"config.json: No space left on device\. Free some space"):
+        export.main([tiny_folder, str(tmp_path / "plain")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_target_that_is_not_empty_is_left_alone(adapter, tmp_path):
@@ -84,3 +164,4 @@ def test_wrong_merge_is_found(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(UserError, match=r"its logits differ .* Do not use it"):
         export.export(adapter, str(tmp_path / "merged"))
+    assert not list(tmp_path.iterdir())

@@ -261,11 +261,11 @@ def test_layers_that_remember_less_have_the_same_gradients(frozen, tiny_folder):
 
 
 def test_plain_template_learns_to_stop(tokenizer):
-    from data import encode_conversation
+    from template import encode_conversation
 
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "天地玄黄"}]
     tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = PLAIN_TEMPLATE
-    _, labels = encode_conversation(turns, tokenizer)
-    supervised = [label for label in labels if label != -100]
+    [example] = encode_conversation(turns, tokenizer)
+    supervised = [label for label in example["labels"] if label != -100]
     assert tokenizer.decode(supervised) == f" 天地玄黄{tokenizer.eos_token}"

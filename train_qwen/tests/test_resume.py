@@ -1,6 +1,8 @@
 """A run that was killed and started again ends bit for bit where one that was never stopped ends."""
 
+import errno
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -149,6 +151,116 @@ def test_a_run_that_stops_early_does_so_after_a_resume_too(tiny_folder, data_fil
     with pytest.raises(UserError, match="another run: learning_rate was 0.03, is 0.02"):
         run(tmp_path / "stopped", "--learning_rate", "2e-2")
     assert run(tmp_path / "stopped") == expected
+    assert_goes_straight_to_the_report(lambda: run(tmp_path / "stopped"), tmp_path / "stopped", monkeypatch)
+    assert losses(tmp_path / "stopped", "eval_loss") == expected
+
+
+def assert_goes_straight_to_the_report(run, output: Path, monkeypatch) -> None:
+    """Started again as if it had died after its last checkpoint, a run takes no step and leaves the same behind."""
+    import trainer
+
+    def state():
+        results = json.loads((output / "train_results.json").read_text())
+        del results["seconds"], results["tokens_per_second"], results["peak_memory_gb"]
+        return results, {path.name for path in output.iterdir()}, load_file(output / "model.safetensors")
+
+    results, files, weights = state()
+    (output / "train_results.json").unlink()
+    (output / "model.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SFTTrainer, "training_step", lambda *args, **kwargs: pytest.fail("it trains on"))
+        run()
+    assert state()[:2] == (results, files)
+    assert all(torch.equal(weights[name], weight) for name, weight in state()[2].items())
+
+
+def test_a_run_that_was_stopped_reports_the_loss_of_all_its_steps(tiny_folder, data_file, tmp_path, monkeypatch):
+    import trainer
+
+    paths = ["--model_name_or_path", tiny_folder, "--data_path", data_file]
+    # Checkpoints that fall between the points of the loss curve, and an end within an epoch.
+    flags = "--max_steps 7 --save_strategy steps --save_steps 3 --logging_steps 4 --lr_scheduler_type constant"
+
+    def run(output):
+        train_here(monkeypatch, *paths, "--output_dir", output, *flags.split())
+        return json.loads((output / "train_results.json").read_text())["train_loss"]
+
+    step_losses, training_step = [], trainer.SFTTrainer.training_step
+
+    def remember(self, *args, **kwargs):
+        step_losses.append(training_step(self, *args, **kwargs).item())
+        return torch.tensor(step_losses[-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SFTTrainer, "training_step", remember)
+        expected = run(tmp_path / "whole")
+    assert expected == pytest.approx(sum(step_losses) / 7, rel=1e-6)
+
+    calls = iter(range(100))
+
+    def stop_in_step_6(self, *args, **kwargs):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", stop_in_step_6)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    assert run(tmp_path / "stopped") == expected
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_goes_straight_to_the_report(lambda: run(tmp_path / "stopped"), tmp_path / "stopped", monkeypatch)
+    mode = (tmp_path / "whole" / "train_results.json").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "whole").rglob("model.safetensors")} == {mode}
+
+
+def test_a_full_disk_and_a_missing_permission_are_said_in_one_line(tmp_path):
+    from safetensors import SafetensorError
+
+    from checkpoint import explain_write_errors, lock_output_dir
+
+    def fail(error):
+        with explain_write_errors("output"):
+            raise error
+
+    full = r"output: No space left on device\. Free some space and start again"
+    with pytest.raises(UserError, match=full):
+        fail(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    with pytest.raises(UserError, match=full), explain_write_errors("output"):
+        torch.save(torch.zeros(10**6), "/dev/full")
+    with pytest.raises(UserError, match=full), explain_write_errors("output"), open("/dev/full", "w") as file:
+        file.write("0")
+    with pytest.raises(UserError, match=r"a/b: Read-only file system\. Change its permissions, or give --output_dir"):
+        fail(OSError(errno.EROFS, "Read-only file system", "a/b"))
+    with pytest.raises(UserError, match="another process of this run has ended"):
+        fail(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17641"))
+    with pytest.raises(RuntimeError, match="Reader"):  # a file that is broken, not a disk that is full
+        (tmp_path / "broken.pt").write_bytes(b"PK")
+        fail(RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip archive"))
+    with pytest.raises(UserError, match=r"can't be written to \(Not a directory\)\. Give another --output_dir"):
+        lock_output_dir(str(tmp_path / "broken.pt" / "output"))
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_folder_that_is_removed_ends_the_run_at_the_next_checkpoint(
+    is_made_again, tiny_folder, data_file, tmp_path, monkeypatch
+):
+    import trainer
+    from checkpoint import find_checkpoint, lock_output_dir
+
+    output, training_step = tmp_path / "output", trainer.SFTTrainer.training_step
+
+    def remove(self, *args, **kwargs):
+        shutil.rmtree(output, ignore_errors=True)
+        if is_made_again:  # by another run
+            lock_output_dir(str(output)).close()
+            find_checkpoint(str(output), {"model": "another"}, overwrite=False)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", remove)
+    paths = ["--model_name_or_path", tiny_folder, "--data_path", data_file, "--output_dir", output]
+    with pytest.raises(UserError, match="output: was removed while the run went on"):
+        train_here(monkeypatch, *paths, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    assert not list(tmp_path.glob("output/checkpoint-*"))
 
 
 def test_a_run_that_came_to_its_end_is_left_as_it_is(tiny_folder, data_file, tmp_path, monkeypatch, capsys):
@@ -166,7 +278,10 @@ def test_a_user_s_own_copies_and_the_best_checkpoint_outlive_the_rotation(tmp_pa
     from checkpoint import seal_checkpoint
 
     (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "incomplete-checkpoint-10").mkdir()
     for step in (10, 20, 30, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        seal_checkpoint(tmp_path / f"checkpoint-{step}", save_total_limit=2, best=tmp_path / "checkpoint-20")
+        best = tmp_path / "checkpoint-20" if step > 10 else None
+        seal_checkpoint(tmp_path / f"checkpoint-{step}", save_total_limit=2, best=best)
+        assert (tmp_path / "incomplete-checkpoint-10").exists() == (step == 10)  # there was room for it
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-best", "checkpoint-20", "checkpoint-100"}

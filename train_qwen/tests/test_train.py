@@ -128,6 +128,53 @@ def test_flags_from_a_file_and_no_validation_rows(tiny_folder, data_file, tmp_pa
     assert "eval_loss_before" not in json.loads((tmp_path / "out" / "train_results.json").read_text())
 
 
+def parse_yaml(text: str, monkeypatch, tmp_path, *words):
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.yaml"), *words])
+    return train.parse_arguments()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("learning_rate: 1e-4\nmax_steps: 1", {"learning_rate": 1e-4, "max_steps": 1}),
+        ("use_lora: true\nlora_dropout: 1e-1\nweight_decay: 1e-2", {"lora_dropout": 0.1, "weight_decay": 0.01}),
+        ("use_lora: true\ntarget_modules: q_proj", {"target_modules": ["q_proj"]}),
+        ("use_lora: true\ntarget_modules:\n- q_proj\n- v_proj", {"target_modules": ["q_proj", "v_proj"]}),
+        ("save_strategy: no\nrun_name:\noptim_args: null", {"save_strategy": "no", "optim_args": None}),
+        ("lr_scheduler_kwargs:\n  min_lr: 1e-6\n  on: true", {"lr_scheduler_kwargs": {"min_lr": 1e-6, "on": True}}),
+    ],
+)
+def test_a_file_of_flags_is_read_like_a_command_line(text, flags, tmp_path, monkeypatch):
+    model_args, data_args, args = parse_yaml(f"use_cpu: true\n{text}", monkeypatch, tmp_path, "--seed", "7")
+    found = vars(model_args) | vars(data_args) | vars(args)
+    assert {name: found[name] for name in flags} == flags and found["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("lerning_rate: 1e-4", "--lerning_rate: no such flag"),
+        ("evaluation_strategy: epoch", "--evaluation_strategy: is now --eval_strategy"),
+        ("- learning_rate", "config.yaml: holds no flags"),
+        ("a: [", "config.yaml: while parsing"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read(text, reason, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=reason) as raised:
+        parse_yaml(text, monkeypatch, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_single_step_has_no_warm_up_and_is_few(tiny_folder, data_file, tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), *LORA, "--max_steps", "1")
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    printed = capsys.readouterr().out
+    assert "note        no warm-up: the run has a single step" in printed
+    assert "note        LoRA may hardly change the answers: steps x learning rate is 0.0001, small models" in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -143,6 +190,14 @@ def test_flags_from_a_file_and_no_validation_rows(tiny_folder, data_file, tmp_pa
         (["--packing", "true", "--attn_implementation", "eager"], "--packing true has no effect with --attn_impl"),
         (["--fp16", "true"], "--fp16 true: needs a GPU"),
         (["--model_name_or_path", "./my_model"], r"\./my_model: no model could be read there"),
+        (["--evaluation_strategy", "no"], "--evaluation_strategy: is now --eval_strategy"),
+        (["--use_deepspeed", "true"], "--use_deepspeed: is now --deepspeed ds_zero2_no_offload.json"),
+        (["--warmup-ratio=0.03"], r"--warmup-ratio: is now --warmup_steps, .* \(--warmup_steps 0.03\)"),
+        (["--no_cuda", "--fp17"], "--no_cuda: is now --use_cpu true; --fp17: no such flag"),
+        (["--learning_rate", "much"], "--learning-rate: invalid float value: 'much'$"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0: nothing would be trained"),
+        (["--max_steps", "0"], "--max_steps 0: nothing would be trained"),
+        (["--max_steps", "1", "--warmup_steps", "1"], "--warmup_steps 1: the run has a single step"),
         ([*LORA, "--target_modules", "query"], "query: no such module; the linear ones are down_proj, gate_proj"),
     ],
 )
@@ -182,7 +237,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_folder, data_file, tmp
         return save(value, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save_until_the_disk_is_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left on device. Free some space"):
         train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path), *more)
     assert is_complete(tmp_path / "checkpoint-2") and not is_complete(tmp_path / "checkpoint-4")
     monkeypatch.setattr(torch, "save", save)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from code03_chatglm2 import chatglm2_forward
 from conftest import RECIPE, make_conversations, write_rows
 from convert_to_glm import convert
-from data import encode_conversation
 from rows import UserError
+from template import encode_conversation
 from tiny_chatglm import write_checkpoint
 
 TURNS = [{"role": "user", "content": "你好 world"}, {"role": "assistant", "content": "好的  ½"}]
@@ -73,9 +73,9 @@ def test_tokens_are_those_of_sentencepiece_with_chatglms_ids(converted):
 def test_labels_are_the_replies(converted):
     roles, _, _, new = converted
     tokenizer = AutoTokenizer.from_pretrained(new)
-    _, labels = encode_conversation(TURNS + TURNS, tokenizer)
-    learned = tokenizer.decode([label for label in labels if label != -100])
-    assert learned == ("好的  ½<|user|> 好的  ½</s>" if roles else "好的  ½ 好的  ½</s>")
+    examples = encode_conversation(TURNS + TURNS, tokenizer)
+    learned = [tokenizer.decode([label for label in example["labels"] if label != -100]) for example in examples]
+    assert learned == (["好的  ½<|user|> 好的  ½</s>"] if roles else ["好的  ½</s>", "好的  ½</s>"])
     system = [{"role": "system", "content": "天"}]
     if roles:
         encode_conversation(system + TURNS, tokenizer)

@@ -9,9 +9,10 @@ from ranks import RECIPE, losses, run_train, train_here
 from transformers import AutoModelForCausalLM
 
 from batch import BalancedBatchSampler
-from data import column, encode_conversation, load_encoded
+from data import column, load_encoded
 from infer import load_trained_model, reply_batch
 from rows import UserError
+from template import encode_conversation
 from tiny import GLM4_CONTROL_TOKENS
 
 COMMON = "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --num_train_epochs 1"
@@ -61,10 +62,10 @@ def expected(tiny_folder, data_file, tokenizer):
 def test_a_turn_ends_where_the_next_begins(tokenizer):
     text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     assert text == ("[gMASK]<sop><|system|>\n天地<|user|>\n玄黄<|assistant|>\n宇宙<|user|>\n洪荒<|assistant|>\n日月")
-    input_ids, labels = encode_conversation(CONVERSATION, tokenizer)
-    learned = tokenizer.decode([label for label in labels if label != -100])
+    [example] = encode_conversation(CONVERSATION, tokenizer)
+    learned = tokenizer.decode([label for label in example["labels"] if label != -100])
     assert learned == "宇宙<|user|>日月<|endoftext|>"
-    assert tokenizer.decode(input_ids) == text + "<|endoftext|>"
+    assert tokenizer.decode(example["input_ids"]) == text + "<|endoftext|>"
 
 
 @pytest.mark.parametrize("token", GLM4_CONTROL_TOKENS)
