@@ -74,6 +74,13 @@ def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int,
     return rows[rows.label != predicted].sort_values("probability", ascending=False)
 
 
+def mean_train_loss(history: list[dict]) -> float:
+    """The mean over all steps of a run, also those before it was started again; an entry is the mean since the last."""
+    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    starts = [0, *(step for step, _ in entries)]
+    return sum(loss * (step - start) for start, (step, loss) in zip(starts, entries, strict=False)) / starts[-1]
+
+
 def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, tokens: float) -> dict:
     """Writes train_results.json, per_class.csv, confusion.png, loss.png and suspicious_rows.csv into output_dir.
 
@@ -91,7 +98,7 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     id2label = trainer.model.config.id2label
     results = {
         "steps": trainer.state.global_step,
-        "train_loss": train_metrics["train_loss"],
+        "train_loss": mean_train_loss(history),
         "seconds": train_metrics["train_runtime"],
         "tokens_per_second": tokens / train_metrics["train_runtime"],
         "best_checkpoint": trainer.state.best_model_checkpoint,

@@ -9,6 +9,7 @@ The way of the data: tables -> rows, prepare (checked, split, no text on two sid
 (equal token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -18,12 +19,20 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
 
 from baseline import load_cross_predictions
 from callbacks import EarlyStopping, SpeedProgress
-from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, step_of
+from checkpoint import (
+    explain_write_errors,
+    find_checkpoint,
+    hash_model_files,
+    lock_output_dir,
+    share_weights,
+    step_of,
+)
 from data import column, encode_table, hash_table
 from model import count_positions, load_model, load_tokenizer
 from prepare import describe, load_tables, save_removed
@@ -44,6 +53,18 @@ NOT_TAKEN = {
     "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
     "dataloader_persistent_workers": "--dataloader_num_workers alone is passed on",
     "dataloader_prefetch_factor": "--dataloader_num_workers alone is passed on",
+}
+
+# Flags of older versions that are still in many scripts.
+RENAMED = {
+    "evaluation_strategy": "--eval_strategy",
+    "use_deepspeed": "--deepspeed ds_zero2_no_offload.json",
+    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps (--warmup_steps 0.03)",
+    "no_cuda": "--use_cpu true",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "torch_dtype": "--bf16 true or --fp16 true",
+    "fp16_opt_level": "--fp16 true",
 }
 
 
@@ -161,20 +182,59 @@ class TrainingArguments(transformers.TrainingArguments):
     # <<< hardware
 
 
+def read_yaml(path: str) -> list[str]:
+    """The words of a command line that has the flags of a YAML file, so that both are read by the same rules.
+
+    Raises:
+        UserError: there is no such file, or no mapping in it.
+    """
+
+    def with_numbers(value):
+        if isinstance(value, dict):
+            return {name: with_numbers(item) for name, item in value.items()}
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
+    try:  # every value as it is written: YAML itself reads 1e-4 as text and the strategy "no" as false
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds no flags; write one a line, as in learning_rate: 1e-4")
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *value]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(with_numbers(value))}")
+        elif value.lower() not in ("", "~", "null"):
+            words.append(f"--{name}={value}")
+    return words
+
+
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Flags, or a YAML file of them.
+    """Flags, or a YAML file of them, which flags may follow.
 
     Raises:
         UserError: a flag that is unknown, or that has no effect together with the others.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, exit_on_error=False
+    )
+    words = sys.argv[1:]
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = [*read_yaml(words[0]), *words[1:]]
     try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-            model_args, data_args, args = parser.parse_yaml_file(sys.argv[1])
-        else:
-            model_args, data_args, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:
+        model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (ValueError, argparse.ArgumentError) as error:
         raise UserError(str(error)) from None
+    if unknown:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
+        news = {flag: RENAMED.get(flag.removeprefix("--").replace("-", "_")) for flag in flags}
+        reasons = [f"{flag}: is now {new}" if new else f"{flag}: no such flag" for flag, new in news.items()]
+        raise UserError(f"{'; '.join(reasons)}. All flags: python train.py --help")
     refuse_flags_without_effect(model_args, data_args, args)
     return model_args, data_args, args
 
@@ -191,6 +251,9 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
     for path, share in (("eval_data_path", "validation_split"), ("test_data_path", "test_split")):
         if getattr(data_args, path) and getattr(data_args, share) is not None:
             raise UserError(f"--{share} has no effect with --{path}; give one of them.")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        name = "num_train_epochs" if args.max_steps else "max_steps"
+        raise UserError(f"--{name} {getattr(args, name):g}: nothing would be trained.")
     if args.class_weights not in ("none", "balanced"):
         raise UserError(f"--class_weights {args.class_weights}: none or balanced.")
     if args.early_stopping_patience is not None and args.eval_strategy == IntervalStrategy.NO:
@@ -248,13 +311,16 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
         *("class_weights", "distillation_alpha", "label_smoothing_factor", "metric_for_best_model"),
         *("neftune_noise_alpha", "full_determinism"),
     )
+    deepspeed = args.deepspeed or None
+    if isinstance(deepspeed, str):  # else it came from a YAML file
+        deepspeed = json.loads(Path(deepspeed).read_text())
     run = {
         "model": model_args.model_name_or_path,
         "model's files": hash_model_files(model_args.model_name_or_path),
         "data": {name: hash_table(table)[:16] for name, table in tables.items()},
         "model_max_length": data_args.model_max_length,
         "processes": args.world_size,
-        "deepspeed": json.loads(Path(args.deepspeed).read_text()) if args.deepspeed else None,
+        "deepspeed": deepspeed,
         **{name: getattr(model_args, name) for name in model_flags},
         **{name: getattr(args, name) for name in training_flags},
     }
@@ -263,6 +329,12 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
 
 def main():
     model_args, data_args, args = parse_arguments()
+    with explain_write_errors(args.output_dir):
+        train(model_args, data_args, args)
+
+
+def train(model_args, data_args, args) -> None:
+    """The run, from the files to the report."""
     is_main_process = args.process_index == 0
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
@@ -312,6 +384,7 @@ def main():
     trainer.save_model()
     trainer.save_state()
     if is_main_process:
+        share_weights(Path(args.output_dir))
         trainer.model.config.save_pretrained(args.output_dir)  # beside adapters too: it names the classes
         steps = trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         seen = tokens * trainer.state.epoch * steps / trainer.state.global_step

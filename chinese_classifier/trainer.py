@@ -49,6 +49,11 @@ class ClassificationTrainer(Trainer):
         self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
         self.args.save_total_limit = None  # the stock rotation removes the old before the new one is complete
 
+    def _run_epoch(self, *args, **kwargs):
+        """One epoch; none after a checkpoint that is the run's last, where the Trainer would take a step more."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
         """This rank's batches; the sampler has shared them out already, so Accelerate must not do so again."""
         sampler = TokenBudgetSampler(

@@ -13,7 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from arguments import ALGORITHMS, parse_arguments
-from checkpoint import find_checkpoint, hash_model_files, lock_output_dir, seal_checkpoint, step_of
+from checkpoint import (
+    FULL_DISK,
+    NO_PERMISSION,
+    errno_of,
+    explain_write_errors,
+    find_checkpoint,
+    hash_model_files,
+    lock_output_dir,
+    seal_checkpoint,
+    share_weights,
+    step_of,
+)
 from cluster import local_cluster, ray  # it says to verl and Ray where they are
 from data import VALIDATION, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
 from engines import compute_log_probs, start_workers, update_policy
@@ -150,8 +161,22 @@ def summarise(history: list[dict], model_args, data_args, started: float) -> dic
 
 
 def main():
+    flags = parse_arguments()
+    try:
+        train(*flags)
+    except Exception as error:
+        raised = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        # A worker that has lost another (gloo) is Ray's to report: there is no other process that would tell why.
+        if errno_of(raised) not in FULL_DISK + NO_PERMISSION:
+            raise
+        with explain_write_errors(flags[2].output_dir):
+            raise raised from error
+
+
+def train(model_args, data_args, args) -> None:
+    """The run, from the files to the report."""
     started = time.perf_counter()
-    flags = model_args, data_args, args = parse_arguments()
+    flags = model_args, data_args, args
     lock = lock_output_dir(args.output_dir)
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
@@ -170,6 +195,7 @@ def main():
         policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
         history = run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags)
         policy.save_model(args.output_dir)
+        share_weights(Path(args.output_dir))
     results = summarise(history, model_args, data_args, started)
     save_report(args.output_dir, history, results)
     print(json.dumps(results, indent=2))

@@ -159,10 +159,12 @@ def cut_reply(message: dict, reply: str, control: re.Pattern, stops: set[str]) -
     for token in control.findall(reply[:end]):
         if token in stops:
             raise UserError(f"generation would stop at {token} within the reply")
-    for mark in control.finditer(reply, end):
-        is_end_of_answer = not reply[end : mark.start()].strip() and not message.get("tool_calls")
-        if is_end_of_answer or mark[0] in stops:
-            return reply[: mark.start()], mark[0]
+    marks = list(control.finditer(reply, end))
+    found = next((mark for mark in marks if mark[0] in stops), None)
+    if marks and not found and not message.get("tool_calls"):
+        found = marks[-1]  # as `load_tokenizer` asks for it, which makes it the EOS
+    if found:
+        return reply[: found.start()], found[0]
     return reply.rstrip() if message.get("tool_calls") else reply[:end], ""
 
 

@@ -4,8 +4,14 @@ import random
 
 import pytest
 import torch
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from data import check_saved_tokenizer
 from infer import encode_prompts
