@@ -7,6 +7,7 @@ which generation stops. One example holds all turns where the template only appe
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
 import json
+import os
 import re
 from contextlib import suppress
 from functools import lru_cache
@@ -112,14 +113,15 @@ def split_thought(message: dict) -> tuple[str, str]:
     return thought.strip(), answer.strip()
 
 
-def find_reply(message: dict, prompt: str, rendered: str) -> str:
+def find_reply(message: dict, asked: str, prompt: str, rendered: str, control: re.Pattern) -> str:
     """What the model has to write after `prompt`, and what the template sets behind it.
 
     Args:
+        asked: the text of the message before.
         rendered: the conversation that ends with `message`.
 
     Raises:
-        UserError: the prompt and the template's own text leave no place for the thought, or for the answer.
+        UserError: the prompt and the template's own text leave no place for the thought, or for the reply.
     """
     thought, answer = split_thought(message)
     end = prompt.rstrip()
@@ -130,8 +132,14 @@ def find_reply(message: dict, prompt: str, rendered: str) -> str:
         reply = rendered[len(end.removesuffix(OPENED)) :]
     else:  # what stands before the reply is rendered otherwise than in the prompt that serving sends
         place = max(rendered.rfind(message["content"].strip()), 0) or rendered.rfind(answer)
-        reply = rendered[place:] if answer else ""
-        closed = not rendered[:place].rstrip().endswith(end[-8:])  # Gemma 4's prompt: an empty thought
+        if not answer:
+            common = len(os.path.commonprefix([prompt, rendered]))
+            cut = (mark.start() for mark in control.finditer(rendered) if mark.start() < common < mark.end())
+            place = next(cut, common)
+            if asked.strip() in rendered[place:]:
+                raise UserError("the chat template rewrites earlier turns, so the beginning of a reply can't be found")
+        reply = rendered[place:]
+        closed |= not rendered[:place].rstrip().endswith(end[-8:])  # Gemma 4's prompt: an empty thought
     if thought not in reply or (opened and CLOSED not in reply):
         if closed:
             raise UserError("the chat template closes the thought before the reply, so this row's can't be learned")
@@ -220,7 +228,7 @@ def encode_conversation(messages: list[dict], tokenizer, tools: list[dict] | Non
             raise UserError(f"the chat template drops the {message['role']} message {message['content'][:20]!r}")
     replies = []
     for turn, prompt, text in zip(turns, prompts, rendered, strict=True):
-        reply = find_reply(messages[turn], prompt, text)
+        reply = find_reply(messages[turn], messages[turn - 1]["content"], prompt, text, control)
         replies.append(cut_reply(messages[turn], reply, control, stops))
     for number, (before, after) in enumerate(pairwise(prompts)):
         reply, stop = replies[number]

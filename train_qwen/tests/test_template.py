@@ -153,6 +153,20 @@ def test_a_thought_that_the_prompt_leaves_no_place_for_is_refused(tiny_folder):
     assert check_invariants([row[0], {"role": "assistant", "content": "地"}], tokenizer) == 1
 
 
+def test_a_call_without_words_is_found_where_the_prompt_ends_otherwise(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<|channel|>", "<|call|>")])
+    tokenizer.chat_template = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% for call in m.tool_calls %}<|call|>{{ call.function.name }}{% endfor %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<|channel|>thought<|channel|>{% endif %}"""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    row = [{"role": "user", "content": "天"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert check_invariants(row, tokenizer) == 1
+    labels = encode_conversation(row, tokenizer)[0]["labels"]
+    assert tokenizer.decode([label for label in labels if label >= 0]) == "<|call|>weather<|im_end|>"
+
+
 def test_a_model_trained_on_each_stops_by_itself(chat):
     draw = random.Random(0)
     rows = [
