@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -54,8 +55,12 @@ def ip(*words: str) -> None:
 
 
 @pytest.fixture
-def namespaces(tmp_path):
-    """Two network namespaces joined by a cable, where the machine's own name leads to 127.0.1.1, as on Debian."""
+def machines(tmp_path):
+    """What runs a command on each of two machines, and the first one's address.
+
+    They are network namespaces joined by a cable, where the machine's own name leads to 127.0.1.1, as on Debian; where
+    the system allows none, both are this machine.
+    """
     names = [f"zero-{os.getpid()}-{node}" for node in (0, 1)]
     hosts = f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n10.77.0.1 first\n10.77.0.2 second\n"
     try:
@@ -65,43 +70,35 @@ def namespaces(tmp_path):
     except (OSError, subprocess.CalledProcessError) as error:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True) if shutil.which("ip") else None
-        pytest.skip(f"no network namespaces here: {error}")
+        warnings.warn(f"no network namespaces here ({error}): two launchers on one machine", stacklevel=1)
+        yield [[], []], "127.0.0.1"
+        return
     for node, name in enumerate(names):
         ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"cable{node}")
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "link", "set", f"cable{node}", "up")
         Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
         Path("/etc/netns", name, "hosts").write_text(hosts)
-    yield names
+    yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1"
     for name in names:
         ip("netns", "delete", name)
         shutil.rmtree(f"/etc/netns/{name}")
 
 
-def train_on_two_nodes(script, prefixes, address, data_file, tiny_folder, output) -> list[str]:
-    """The same script on both nodes; what each prints."""
+def test_two_machines_form_one_run(machines, tiny_folder, data_file, tmp_path):
     from torch.distributed.elastic.utils.distributed import get_free_port
 
+    prefixes, address = machines
     variables = {"NNODES": "2", "MASTER_ADDR": address, "MASTER_PORT": str(get_free_port()), "NPROC": "1"}
     variables |= {"MODEL": tiny_folder, "DATA": data_file}
     nodes = [
-        start_script(script, output, *SHORT, prefix=prefix, NODE_RANK=str(rank), **variables)
+        start_script("train_zero3.sh", tmp_path / "two", *SHORT, prefix=prefix, NODE_RANK=str(rank), **variables)
         for rank, prefix in enumerate(prefixes)
     ]
     screens = [node.communicate(timeout=150)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], screens
-    return screens
-
-
-def test_two_launchers_form_one_run(tiny_folder, data_file, tmp_path):
-    screens = train_on_two_nodes("train_zero3.sh", [[], []], "127.0.0.1", data_file, tiny_folder, tmp_path / "two")
-    assert "x 2 processes" in screens[0] and (tmp_path / "two" / "adapter_model.safetensors").exists()
-
-
-def test_two_machines_form_one_run(namespaces, tiny_folder, data_file, tmp_path):
-    prefixes = [["ip", "netns", "exec", name] for name in namespaces]
-    screens = train_on_two_nodes("train.sh", prefixes, "10.77.0.1", data_file, tiny_folder, tmp_path / "two")
     assert "x 2 processes" in screens[0] and len(losses(tmp_path / "two")) == 2
+    assert (tmp_path / "two" / "adapter_model.safetensors").exists()
 
 
 def test_the_deepspeed_launcher_starts_it_too(tiny_folder, data_file, tmp_path):
