@@ -9,7 +9,6 @@ The way of the data: tables -> rows, prepare (checked, split, no text on two sid
 (equal token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from accelerate.utils import broadcast_object_list
-from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
+from transformers import IntervalStrategy, ProgressCallback, set_seed
 
 from baseline import load_cross_predictions
 from callbacks import EarlyStopping, SpeedProgress
@@ -34,6 +32,7 @@ from checkpoint import (
     step_of,
 )
 from data import column, encode_table, hash_table
+from flags import parse_flags
 from model import count_positions, load_model, load_tokenizer
 from prepare import describe, load_tables, save_removed
 from report import print_run_summary, save_report
@@ -53,18 +52,6 @@ NOT_TAKEN = {
     "restore_callback_states_from_checkpoint": "early stopping goes on counting by itself",
     "dataloader_persistent_workers": "--dataloader_num_workers alone is passed on",
     "dataloader_prefetch_factor": "--dataloader_num_workers alone is passed on",
-}
-
-# Flags of older versions that are still in many scripts.
-RENAMED = {
-    "evaluation_strategy": "--eval_strategy",
-    "use_deepspeed": "--deepspeed ds_zero2_no_offload.json",
-    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps (--warmup_steps 0.03)",
-    "no_cuda": "--use_cpu true",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "torch_dtype": "--bf16 true or --fp16 true",
-    "fp16_opt_level": "--fp16 true",
 }
 
 
@@ -182,59 +169,13 @@ class TrainingArguments(transformers.TrainingArguments):
     # <<< hardware
 
 
-def read_yaml(path: str) -> list[str]:
-    """The words of a command line that has the flags of a YAML file, so that both are read by the same rules.
-
-    Raises:
-        UserError: there is no such file, or no mapping in it.
-    """
-
-    def with_numbers(value):
-        if isinstance(value, dict):
-            return {name: with_numbers(item) for name, item in value.items()}
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-
-    try:  # every value as it is written: YAML itself reads 1e-4 as text and the strategy "no" as false
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: holds no flags; write one a line, as in learning_rate: 1e-4")
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *value]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(with_numbers(value))}")
-        elif value.lower() not in ("", "~", "null"):
-            words.append(f"--{name}={value}")
-    return words
-
-
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Flags, or a YAML file of them, which flags may follow.
 
     Raises:
         UserError: a flag that is unknown, or that has no effect together with the others.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, exit_on_error=False
-    )
-    words = sys.argv[1:]
-    if words and words[0].endswith((".yaml", ".yml")):
-        words = [*read_yaml(words[0]), *words[1:]]
-    try:
-        model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except (ValueError, argparse.ArgumentError) as error:
-        raise UserError(str(error)) from None
-    if unknown:
-        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
-        news = {flag: RENAMED.get(flag.removeprefix("--").replace("-", "_")) for flag in flags}
-        reasons = [f"{flag}: is now {new}" if new else f"{flag}: no such flag" for flag, new in news.items()]
-        raise UserError(f"{'; '.join(reasons)}. All flags: python train.py --help")
+    model_args, data_args, args = parse_flags(ModelArguments, DataArguments, TrainingArguments)
     refuse_flags_without_effect(model_args, data_args, args)
     return model_args, data_args, args
 
@@ -327,6 +268,12 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
     return json.loads(json.dumps(run))  # as it will be read again
 
 
+def add_soft_labels(rows, texts: list[str], num_labels: int):
+    """The training rows with what the baseline, trained on the others, predicts for each."""
+    predictions = load_cross_predictions(texts, column(rows, "labels").tolist(), num_labels)
+    return rows.add_column("soft_labels", predictions.tolist())
+
+
 def main():
     model_args, data_args, args = parse_arguments()
     with explain_write_errors(args.output_dir):
@@ -352,17 +299,15 @@ def train(model_args, data_args, args) -> None:
     if finished:
         return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
-    labels = column(splits["train"], "labels")
     if args.distillation_alpha:
-        soft_labels = load_cross_predictions(tables["train"].text.tolist(), labels.tolist(), len(id2label))
-        splits["train"] = splits["train"].add_column("soft_labels", soft_labels.tolist())
+        splits["train"] = add_soft_labels(splits["train"], tables["train"].text.tolist(), len(id2label))
     trainer = ClassificationTrainer(
         model=model,
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        class_weights=balanced_weights(labels, len(id2label)) if args.class_weights == "balanced" else None,
+        class_weights=balanced_weights(splits["train"], len(id2label)) if args.class_weights == "balanced" else None,
     )
     tokens = int(column(splits["train"], "length").sum())
     trainer.remove_callback(ProgressCallback)

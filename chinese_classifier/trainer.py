@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -20,13 +21,13 @@ METRICS_FILE = str(Path(__file__).with_name("classification_metrics.py"))
 NOT_FOR_THE_MODEL = ("length", "cut")
 
 
-def balanced_weights(labels: np.ndarray, num_labels: int) -> torch.Tensor:
+def balanced_weights(rows: Dataset, num_labels: int) -> torch.Tensor:
     """A weight for each class, so that all count alike and a training row counts 1 on average; shape (num_labels,).
 
     Source: King and Zeng, "Logistic Regression in Rare Events Data" (2001); scikit-learn's class_weight="balanced".
     """
-    counts = np.bincount(labels, minlength=num_labels)
-    return torch.tensor(len(labels) / (num_labels * counts), dtype=torch.float32)
+    counts = np.bincount(column(rows, "labels"), minlength=num_labels)
+    return torch.tensor(len(rows) / (num_labels * counts), dtype=torch.float32)
 
 
 class ClassificationTrainer(Trainer):

@@ -35,17 +35,21 @@ def probe_logits(model, tokenizer) -> torch.Tensor:
     return model(**inputs.to(model.device)).logits[0].float().cpu()
 
 
-def refuse_tied_targets(model, path: str) -> None:
-    """Raises UserError for a low-rank adapter on the input embedding or the head where both are one weight."""
+def refuse_tied_targets(model, named_by: str) -> None:
+    """Raises UserError for a low-rank adapter on the input embedding or the head where both are one weight.
+
+    Args:
+        named_by: the flag or the adapter's folder, which the error names.
+    """
     from peft.tuners.lora import LoraLayer
 
-    ends = {"input embedding": model.get_input_embeddings(), "output head": model.get_output_embeddings()}
+    ends = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     adapted = [name for name, layer in ends.items() if isinstance(layer, LoraLayer)]
-    if adapted and ends["input embedding"].weight is ends["output head"].weight:
+    if adapted and ends["embed_tokens"].weight is ends["lm_head"].weight:
         raise UserError(
-            f"{path}: the adapter changes the {' and the '.join(adapted)}, and in its base model the two are one "
-            "weight (tie_word_embeddings): merged, the change would reach the other one too. Serve base and adapter "
-            "side by side, or train again with these layers in modules_to_save in place of target_modules."
+            f"{named_by}: the adapter changes {' and '.join(adapted)}, but the head (lm_head) and the embedding "
+            "(embed_tokens) of this model are one weight: merged, the change would reach the other one too. Train "
+            "without them; an adapter that has them can be served beside its base only."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from export import repair_generation_config
+from export import refuse_tied_targets, repair_generation_config
 from infer import find_base_model
 from rows import UserError
 from template import encode_conversation, read_tokenizer
@@ -261,7 +261,9 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     """The model with the adapter in folder `path`, to be trained on."""
     from peft import PeftModel
 
-    return refuse_tied_targets(PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu"))
+    adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu")
+    refuse_tied_targets(adapted, path)
+    return adapted
 
 
 def add_lora(model: nn.Module, model_args) -> nn.Module:
@@ -288,20 +290,5 @@ def add_lora(model: nn.Module, model_args) -> nn.Module:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
-    return refuse_tied_targets(adapted)
-
-
-def refuse_tied_targets(model: nn.Module) -> nn.Module:
-    """The model with adapters; raises UserError where the head or the embedding has one, and both are one tensor.
-
-    An adapter of the one would not be the other's, and no merged model could hold both.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight and any(isinstance(layer, BaseTunerLayer) for layer in (head, embedding)):
-        raise UserError(
-            "--target_modules: the head (lm_head) and the embedding (embed_tokens) of this model are one tensor, so "
-            "neither can have an adapter. Leave them out."
-        )
-    return model
+    refuse_tied_targets(adapted, "--target_modules")
+    return adapted

@@ -9,7 +9,6 @@ The way of the data: files -> data.load_splits (labels on the assistant's words 
 the ranks, padding-free) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from accelerate.utils import broadcast_object_list
-from transformers import HfArgumentParser, IntervalStrategy, ProgressCallback, set_seed
+from transformers import IntervalStrategy, ProgressCallback, set_seed
 
 from callbacks import EarlyStopping, SpeedProgress
 from checkpoint import (
@@ -33,6 +31,7 @@ from checkpoint import (
     step_of,
 )
 from data import load_splits
+from flags import parse_flags
 from infer import find_base_model
 from model import check_model, check_vocabulary, load_model, load_tokenizer, mend_generation_config
 from report import print_run_summary, save_report
@@ -61,18 +60,6 @@ NOT_TAKEN = {
 
 # Steps x learning rate from which LoRA takes over a new identity out of 100 rows, measured on small models.
 LORA_TAKES_HOLD = 0.05
-
-# Flags of older versions that are still in many scripts.
-RENAMED = {
-    "evaluation_strategy": "--eval_strategy",
-    "use_deepspeed": "--deepspeed ds_zero2_no_offload.json",
-    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps (--warmup_steps 0.03)",
-    "no_cuda": "--use_cpu true",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "torch_dtype": "--bf16 true or --fp16 true",
-    "fp16_opt_level": "--fp16 true",
-}
 
 
 @dataclass
@@ -166,59 +153,13 @@ class TrainingArguments(transformers.TrainingArguments):
     # <<< hardware
 
 
-def read_yaml(path: str) -> list[str]:
-    """The words of a command line that has the flags of a YAML file, so that both are read by the same rules.
-
-    Raises:
-        UserError: there is no such file, or no mapping in it.
-    """
-
-    def with_numbers(value):
-        if isinstance(value, dict):
-            return {name: with_numbers(item) for name, item in value.items()}
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-
-    try:  # every value as it is written: YAML itself reads 1e-4 as text and the strategy "no" as false
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: holds no flags; write one a line, as in learning_rate: 1e-4")
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *value]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(with_numbers(value))}")
-        elif value.lower() not in ("", "~", "null"):
-            words.append(f"--{name}={value}")
-    return words
-
-
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Flags, or a YAML file of them, which flags may follow.
 
     Raises:
         UserError: a flag that is unknown, or that has no effect together with the others.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, exit_on_error=False
-    )
-    words = sys.argv[1:]
-    if words and words[0].endswith((".yaml", ".yml")):
-        words = [*read_yaml(words[0]), *words[1:]]
-    try:
-        model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except (ValueError, argparse.ArgumentError) as error:
-        raise UserError(str(error)) from None
-    if unknown:
-        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
-        news = {flag: RENAMED.get(flag.removeprefix("--").replace("-", "_")) for flag in flags}
-        reasons = [f"{flag}: is now {new}" if new else f"{flag}: no such flag" for flag, new in news.items()]
-        raise UserError(f"{'; '.join(reasons)}. All flags: python train.py --help")
+    model_args, data_args, args = parse_flags(ModelArguments, DataArguments, TrainingArguments)
     refuse_flags_without_effect(model_args, data_args, args)
     if data_args.validation_split is None:
         data_args.validation_split = 0.05

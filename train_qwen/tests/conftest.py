@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import RECIPE  # which sets the number of threads before torch is imported
@@ -34,6 +35,20 @@ def write_rows(path: Path, rows: list) -> str:
     return str(path)
 
 
+def settings(data_path, **changed) -> SimpleNamespace:
+    """What `load_splits` reads of DataArguments."""
+    return SimpleNamespace(
+        **{
+            "data_path": str(data_path),
+            "eval_data_path": None,
+            "validation_split": 0.2,
+            "model_max_length": 2048,
+            "skip_bad_rows": False,
+        }
+        | changed
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> str:
     """A saved tiny Qwen2 with its tokenizer."""
@@ -61,3 +76,43 @@ def data_file(tmp_path_factory) -> str:
 def eval_file(tmp_path_factory) -> str:
     """A single validation row, so that a second rank has none."""
     return write_rows(tmp_path_factory.mktemp("data") / "eval.jsonl", make_conversations(1, seed=1))
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_folder):
+    """A model that says something else at each step, never ends by itself, and could go on for a minute."""
+    import torch
+    from served import CONTEXT
+
+    from infer import load_trained_model
+
+    model, tokenizer = load_trained_model(tiny_folder)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data.normal_(std=0.2, generator=generator)
+    model.config.max_position_embeddings = CONTEXT
+    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def server(chat):
+    """Its address and its state."""
+    from served import KEY, serve
+
+    from app import create_app
+
+    application = create_app(*chat, "tiny", KEY, max_input_tokens=200, max_new_tokens=10000, max_queue=1)
+    with serve(application) as address:
+        yield SimpleNamespace(address=address, state=application.state)
+
+
+@pytest.fixture
+def client(server):
+    """The openai package, as its users have it."""
+    import openai
+    from served import KEY
+
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0, timeout=20) as client:
+        yield client

@@ -128,14 +128,14 @@ def test_generation_settings_beyond_mending_are_named(tiny_folder, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize(("target", "name"), [("lm_head", "output head"), ("embed_tokens", "input embedding")])
-def test_adapter_on_one_of_two_tied_layers_is_refused(target, name, tiny_folder, tokenizer, tmp_path):
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_on_one_of_two_tied_layers_is_refused(target, tiny_folder, tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=f"changes the {name}, .* one weight .* modules_to_save"):
+    with pytest.raises(UserError, match=f"changes {target}, .* one weight"):
         export.export(str(tmp_path / "adapter"), str(tmp_path / "merged"))
 
 

@@ -183,7 +183,7 @@ def test_a_tied_tensor_under_either_name_and_tensors_of_others_are_no_error(fold
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_a_tied_layer(target, tiny_folder, tmp_path):
-    with pytest.raises(UserError, match="--target_modules: .* are one tensor"):
+    with pytest.raises(UserError, match="--target_modules: .* are one weight"):
         load_model(arguments(tiny_folder, use_lora=True, target_modules=[target]), training_arguments(tmp_path))
 
 
