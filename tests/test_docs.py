@@ -95,7 +95,8 @@ def program_of(root: Path, script: str) -> str | None:
         script = os.path.normpath(PurePosixPath(script).parent / named[-1]) if named else ""
     if not (root / script).is_file() or script.split("/")[0] in OWN_ENVIRONMENT:
         return None
-    return script if "ArgumentParser" in (root / script).read_text(encoding="utf-8") else None
+    text = (root / script).read_text(encoding="utf-8")
+    return script if "ArgumentParser" in text or "parse_flags" in text else None
 
 
 def read_shell(tree: Tree, name: str, first: int, code: str, bases: list[str]) -> tuple[list[str], list[Use]]:
