@@ -13,18 +13,6 @@ import torch
 
 from data import IGNORE_INDEX, column
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets.
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "H20": 148,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
-
 
 def show_labels(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     """The conversation as the model reads it, with what it is trained on between ⟦ and ⟧."""
@@ -85,23 +73,6 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
     print("\n".join(lines), flush=True)
 
 
-def training_flops(model, tokens: float, supervised_tokens: float) -> float:
-    """Operations of the matrix products with the weights, without what checkpointing does twice.
-
-    A weight takes 2 operations a token forward, 2 for the gradient of its input, and 2 for its own where it is trained
-    (Kaplan et al., "Scaling Laws for Neural Language Models", 2020). The head sees the supervised tokens only, the
-    input embedding multiplies nothing, and attention's own products are left out.
-    """
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    flops = 0
-    for weight in model.parameters():
-        if weight is embedding and weight is not head:
-            continue
-        size = getattr(weight, "ds_numel", weight.numel())
-        flops += (6 if weight.requires_grad else 4) * size * (supervised_tokens if weight is head else tokens)
-    return flops
-
-
 def mean_train_loss(history: list[dict]) -> float:
     """The mean over all steps of a run, also those before it was started again; an entry is the mean since the last."""
     entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
@@ -139,11 +110,6 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         }
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak:
-            supervised_tokens = tokens * summary["supervised_tokens"] / summary["tokens"]
-            flops = training_flops(trainer.model, tokens, supervised_tokens)
-            results["mfu"] = flops / seconds / (args.world_size * peak * 1e12)
     else:
         results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     Path(args.output_dir, "train_results.json").write_text(json.dumps(results, indent=2))

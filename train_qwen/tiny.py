@@ -13,6 +13,8 @@ from data import CACHE_DIR
 from files import identify_file, list_files
 from rows import read_rows
 
+SAMPLE_DATA = "data/custom_data001"
+
 # The layout of ChatML, which Qwen was trained on (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md).
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>

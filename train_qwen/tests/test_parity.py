@@ -14,9 +14,9 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from batch import BalancedBatchSampler, collate_padding_free, pack_best_fit
+import fast_path
+from batch import BalancedBatchSampler, collate, pack_best_fit
 from data import column, load_encoded
-from layers import ChunkedCrossEntropy, install_supervised_head, remember_less
 from model import PLAIN_TEMPLATE
 from rows import UserError
 
@@ -76,6 +76,7 @@ def expected_validation(tiny_folder, data_file, eval_file, tmp_path_factory):
         "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
         "--per_device_train_batch_size 8 --gradient_checkpointing true",
         "--per_device_train_batch_size 8 --attn_implementation sdpa",
+        "--per_device_train_batch_size 8 --fast_path false",
         "--per_device_train_batch_size 8 --dataloader_num_workers 2",
     ],
 )
@@ -152,24 +153,20 @@ def small_lfm2(tokenizer):
 def test_layers_that_leak_between_samples_are_padded(
     known, tokenizer, data_file, eval_file, tmp_path, monkeypatch, capsys
 ):
-    import trainer
-
     if not known:  # by its effect alone, as in a model whose configuration does not tell
-        monkeypatch.setattr(trainer, "layers_attend_only", lambda config: True)
+        monkeypatch.setattr(fast_path, "layers_attend_only", lambda config: True)
     folder = str(tmp_path / "lfm2")
     small_lfm2(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     layout = ["--per_device_train_batch_size", "8"]
     train_here(monkeypatch, *flags(folder, data_file, eval_file, tmp_path / "out", *layout))
-    assert "kept within a sequence" in capsys.readouterr().out
+    assert "note        padded batches: " in capsys.readouterr().out
     assert losses(tmp_path / "out") == pytest.approx(plain_loop(folder, data_file, tokenizer), abs=1e-5)
-    with pytest.raises(UserError, match="--packing true: this model's attention can't be kept within"):
+    with pytest.raises(UserError, match="--packing true: this model's examples can't be kept apart in a bin"):
         train_here(monkeypatch, *flags(folder, data_file, eval_file, tmp_path / "packed", *layout, "--packing", "true"))
 
 
 def test_attention_within_a_sequence_and_its_window():
-    from layers import packed_sdpa
-
     torch.manual_seed(0)
     lengths, window = [5, 9], 4
     query, key, value = torch.randn(1, 4, 14, 8), torch.randn(1, 2, 14, 8), torch.randn(1, 2, 14, 8)
@@ -178,15 +175,13 @@ def test_attention_within_a_sequence_and_its_window():
     distance = place[:, None] - place[None]
     allowed = (sequence[:, None] == sequence[None]) & (distance >= 0) & (distance < window)
     expected = F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=True).transpose(1, 2)
-    found, _ = packed_sdpa(None, query, key, value, None, sequence_lengths=lengths, sliding_window=window)
+    found, _ = fast_path.packed_sdpa(None, query, key, value, None, sequence_lengths=lengths, sliding_window=window)
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_varlen_kernel_is_asked_for_the_same_attention(window, monkeypatch):
     """On a GPU one kernel takes all sequences; here a stand-in with its signature computes what it is asked for."""
-    import layers
-
     def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
         assert window_size[1] == 0 and enable_gqa and max_q == max_k == 9
         place = torch.arange(len(query))
@@ -201,11 +196,11 @@ def test_the_varlen_kernel_is_asked_for_the_same_attention(window, monkeypatch):
     states = torch.randn(1, 4, 14, 8), torch.randn(1, 2, 14, 8), torch.randn(1, 2, 14, 8)
     batch = {"sequence_lengths": [5, 9], "cu_seq_lens_q": torch.tensor([0, 5, 14], dtype=torch.int32)}
     batch |= {"max_length_q": 9, "sliding_window": window, "scaling": 0.3}
-    expected, _ = layers.packed_sdpa(None, *states, None, **batch)
-    assert not layers.varlen_takes(states[0], states[2], dropout=0.0), "there is no GPU here"
-    monkeypatch.setattr(layers, "varlen_takes", lambda *_: True)
-    monkeypatch.setattr(layers, "varlen_attn", stand_in)
-    found, _ = layers.packed_sdpa(None, *states, None, **batch)
+    expected, _ = fast_path.packed_sdpa(None, *states, None, **batch)
+    assert not fast_path.varlen_takes(states[0], states[2], dropout=0.0), "there is no GPU here"
+    monkeypatch.setattr(fast_path, "varlen_takes", lambda *_: True)
+    monkeypatch.setattr(fast_path, "varlen_attn", stand_in)
+    found, _ = fast_path.packed_sdpa(None, *states, None, **batch)
     torch.testing.assert_close(found, expected)
 
 
@@ -216,12 +211,12 @@ def test_unusual_models_fall_back_say_so_and_have_the_same_loss(
     train_here(monkeypatch, *flags(unusual_folder, data_file, eval_file, tmp_path, *layout))
     assert losses(tmp_path) == pytest.approx(plain_loop(unusual_folder, data_file, tokenizer), abs=1e-5)
     screen = capsys.readouterr().out
-    assert ("kept within a sequence" in screen) == unusual_folder.endswith("bloom")
-    assert ("logits of whole batches" in screen) == unusual_folder.endswith("cohere")
+    assert ("padded batches: " in screen) == unusual_folder.endswith("bloom")
+    assert ("logits of whole batches: " in screen) == unusual_folder.endswith("cohere")
 
 
 def test_a_batch_without_samples_supervises_nothing():
-    batch = collate_padding_free([])
+    batch = collate([])
     assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == -100).all()
 
 
@@ -232,32 +227,8 @@ def test_supervised_head_equals_cross_entropy():
     F.cross_entropy(hidden @ weight.T, targets, reduction="sum").div(7).backward()
     wanted = [hidden.grad.clone(), weight.grad.clone()]
     hidden.grad = weight.grad = None
-    ChunkedCrossEntropy.apply(hidden, weight, targets, True).div(7).backward()
+    fast_path.ChunkedCrossEntropy.apply(hidden, weight, targets, True).div(7).backward()
     torch.testing.assert_close([hidden.grad, weight.grad], wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_layers_that_remember_less_have_the_same_gradients(frozen, tiny_folder):
-    torch.manual_seed(0)
-    input_ids, labels = torch.randint(400, (2, 40)), torch.randint(400, (2, 40))
-    labels[:, :20] = -100
-    gradients = []
-    for remembers_less in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-        if frozen:  # as under LoRA: only some weights learn
-            model.requires_grad_(False)
-            model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if remembers_less:
-            head = install_supervised_head(model)
-            remember_less(model, head)
-            head.targets = targets
-            model(input_ids=input_ids).logits.backward()
-        else:
-            logits = model(input_ids=input_ids).logits.flatten(0, 1)
-            F.cross_entropy(logits, targets.flatten(), reduction="sum").backward()
-        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
 
 
 def test_plain_template_learns_to_stop(tokenizer):
