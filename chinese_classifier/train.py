@@ -146,8 +146,8 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
 
-    # >>> hardware
     def __post_init__(self):
+        # >>> hardware
         gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.bf16 is None:
             self.bf16 = gpu_has_bf16 and not self.use_cpu and not self.fp16
@@ -165,8 +165,7 @@ class TrainingArguments(transformers.TrainingArguments):
             # Accelerate starts gloo without telling DeepSpeed, which would shard the model for a single process.
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one GPU; torchrun starts one for each
-
-    # <<< hardware
+        # <<< hardware
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]:

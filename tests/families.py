@@ -79,7 +79,6 @@ FAMILIES = {
             full_attention=None,
         )
     ),
-    "cpmant": dict(dim_head=16, dim_ff=128),  # sees the future: Transformers masks nothing
     "ctrl": dict(dff=128),
     "cwm": {},
     "dbrx": dict(
@@ -240,14 +239,21 @@ KNOWN = (
     "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "internlm3", "glm",
     "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "minicpm3",
     "ernie4_5", "ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss", "minimax", "minimax_m2",
-    "kimi_linear", "bailing_hybrid", "cpmant", "llama", "llama4_text", "gpt2", "gpt_neox", "bloom", "falcon", "opt",
+    "kimi_linear", "bailing_hybrid", "llama", "llama4_text", "gpt2", "gpt_neox", "bloom", "falcon", "opt",
     "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "phi3", "phimoe", "olmo2", "granite", "smollm3", "gpt_oss",
     "cohere2", "lfm2", "mamba2", "nemotron", "jetmoe", "rwkv",
 )
 # fmt: on
 
 UNABLE = {
+    "cpmant": "every token sees those after it; its padded batches are not their rows and are refused",
     "xlnet": "with attn_type 'uni' a padded batch fails, with 'bi' it sees the future; its configuration has no length",
+}
+
+
+UNABLE_ZH = {
+    "cpmant": "每个 token 都能看到后面的 token；补齐的批次与原来的行不同，会被拒绝",
+    "xlnet": "attn_type 为 'uni' 时补齐的批次会出错，为 'bi' 时能看到后文；配置里没有长度",
 }
 
 

@@ -72,14 +72,3 @@ class SpeedProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
         elif "eval_loss" in logs:
             self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   validation loss {logs['eval_loss']:.4f}")
-
-
-class CheckPadding(TrainerCallback):
-    """Before the first step: padded batches must be their rows."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1 or self.trainer.packing:
-            self.trainer.refuse_padding_that_changes_the_loss()

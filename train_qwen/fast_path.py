@@ -325,9 +325,9 @@ def first_and_last_of_each_kind(model: nn.Module) -> list[nn.Parameter]:
 class FastPath(TrainerCallback):
     """The trainer's step, made fast in the ways that are safe for its model.
 
-    Before the first step a few short examples are computed one by one by the model as it is. Then each way is tried by
-    itself, and dropped where it raises anything, or where the loss or the gradients are others. At the end of the
-    training the model is as it was.
+    Before the first step a few short examples are computed one by one by the model as it is. The ways are tried
+    together, and where that goes wrong each by itself: one that raises anything, or has another loss or other
+    gradients, is left out. At the end of the training the model is as it was.
 
     Raises:
         UserError: packing, and this model's examples can't be kept apart in a bin.
@@ -380,19 +380,24 @@ class FastPath(TrainerCallback):
         if self.may_remove_padding:
             ways[self.keep_examples_apart] = "padded batches"
         notes = []
-        for take, otherwise in ways.items():
-            with ExitStack() as undo:
-                try:
-                    take(undo)
-                    self.refuse_other_results()
-                    if self.padding_free:
-                        self.refuse_contamination()
-                except Exception as error:  # a model's own code may raise anything
-                    notes.append(f"{otherwise}: {' '.join(str(error).split()) or type(error).__name__}")
-                    continue
-                self.undo.push(undo.pop_all().__exit__)
+        if self.problem_of(*ways):
+            problems = {otherwise: self.problem_of(take) for take, otherwise in ways.items()}
+            notes = [f"{otherwise}: {problem}" for otherwise, problem in problems.items() if problem]
         del self.batch, self.compared, self.own_gradients
         return notes
+
+    def problem_of(self, *ways: Callable) -> str | None:
+        """Takes these ways; what goes wrong, if anything does, and they are left again."""
+        with ExitStack() as undo:
+            try:
+                for take in ways:
+                    take(undo)
+                self.refuse_other_results()
+                if self.padding_free:
+                    self.refuse_contamination()
+            except Exception as error:  # a model's own code may raise anything
+                return " ".join(str(error).split()) or type(error).__name__
+            self.undo.push(undo.pop_all().__exit__)
 
     def short_examples(self) -> list[dict]:
         """Supervised at both ends, where they meet, and not in their middle, which the last MLP may then skip."""
@@ -484,7 +489,10 @@ class FastPath(TrainerCallback):
         model = self.trainer.model
         own_attention = model.config._attn_implementation
         if not layers_attend_only(model.config):
-            raise ValueError("tokens of this model meet elsewhere than in attention within a sequence")
+            raise ValueError("tokens of this model meet elsewhere than in attention")
+        # Else the model's own attention would be right as well, with a mask as large as the whole batch squared.
+        if not model.is_backend_compatible():
+            raise ValueError("this model has attention code of its own")
         if not own_attention.startswith("flash"):
             undo.callback(model.set_attn_implementation, own_attention)
             model.set_attn_implementation("packed_sdpa")

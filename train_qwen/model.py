@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from export import refuse_tied_targets, repair_generation_config
+from export import repair_generation_config
 from infer import find_base_model
+from lora import add_lora, check_adapter, load_adapter
 from rows import UserError
 from template import encode_conversation, read_tokenizer
 
@@ -67,37 +69,6 @@ def refuse_lfs_pointers(path: str) -> None:
                 f"{file}: is a Git LFS pointer, not the file itself. Fetch it: git -C {path} lfs pull "
                 "(after git lfs install)."
             )
-
-
-def check_adapter(model_args, base: str) -> None:
-    """Raises UserError unless the adapter can be trained on by LoRA, with the settings that it was made with."""
-    from peft import PeftConfig
-
-    path = model_args.model_name_or_path
-    if not model_args.use_lora:
-        raise UserError(
-            f"{path}: is an adapter of {base}. Train the adapter on by --use_lora true, or all weights after "
-            f"merging it: python export.py {path} merged, then MODEL=merged (--model_name_or_path merged)."
-        )
-    adapter = PeftConfig.from_pretrained(path)
-    if adapter.peft_type != "LORA":
-        raise UserError(f"{path}: an adapter of the kind {adapter.peft_type}; only LoRA's are trained on. Give {base}.")
-    targets = adapter.target_modules
-    own = {
-        "lora_r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "target_modules": [targets] if isinstance(targets, str) else sorted(targets),
-    }
-    defaults = type(model_args)()
-    for name, value in own.items():
-        given = getattr(model_args, name)
-        if given != getattr(defaults, name) and (sorted(given) if name == "target_modules" else given) != value:
-            raise UserError(
-                f"--{name} {given}: the adapter in {path} was made with {value}. Leave the flag out to train this "
-                f"adapter on, or give its base model, {base}, to train a new one."
-            )
-        setattr(model_args, name, value)
 
 
 def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -190,7 +161,8 @@ def load_model(model_args, args) -> nn.Module:
     stay in fp32, and so do the adapters (PEFT), since fp16 gradients could not be unscaled otherwise.
 
     Raises:
-        UserError: the weights can't be read or are not the model's, or an adapter can't stand where it should.
+        UserError: the weights can't be read or are not the model's, it has no activation checkpointing, or an adapter
+            can't stand where it should.
     """
     path = model_args.model_name_or_path
     base = find_base_model(path)
@@ -214,9 +186,17 @@ def load_model(model_args, args) -> nn.Module:
             raise
         raise UserError(f"{base or path}: {' '.join(str(error).split())[:300]}") from None
     refuse_other_weights(base or path, loading)
+    if args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing true: {type(model).__name__} has no activation checkpointing. Leave it out."
+        )
     if base is not None:
         return load_adapter(model, path)
-    return add_lora(model, model_args) if model_args.use_lora else model
+    if not model_args.use_lora:
+        return model
+    if not is_deepspeed_zero3_enabled():  # where it will be trained, the trial pass runs the same kernels
+        model.to(args.device)
+    return add_lora(model, model_args)
 
 
 def refuse_other_weights(path: str, loading: dict) -> None:
@@ -255,40 +235,3 @@ def mend_generation_config(model: nn.Module) -> list[str]:
     except ValueError:
         repair_generation_config(config, model.name_or_path)
     return [f"generation_config.json has settings that need do_sample; it is saved with do_sample={config.do_sample}"]
-
-
-def load_adapter(model: nn.Module, path: str) -> nn.Module:
-    """The model with the adapter in folder `path`, to be trained on."""
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu")
-    refuse_tied_targets(adapted, path)
-    return adapted
-
-
-def add_lora(model: nn.Module, model_args) -> nn.Module:
-    """The model with low-rank adapters; its own weights are frozen (Hu et al., "LoRA", 2021; library: PEFT)."""
-    from peft import LoraConfig, get_peft_model
-
-    names = [name for name, _ in model.named_modules()]
-    targets = model_args.target_modules
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if targets != ["all-linear"] and missing:
-        linear = sorted(
-            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise UserError(
-            f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
-        )
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=model_args.lora_r,
-            lora_alpha=model_args.lora_alpha,
-            lora_dropout=model_args.lora_dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-        ),
-    )
-    refuse_tied_targets(adapted, "--target_modules")
-    return adapted

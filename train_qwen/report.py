@@ -61,7 +61,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
         f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
         f"examples    {summary['rows']:,} to train on, {summary['validation_rows']:,} to validate on",
         f"tokens      {summary['tokens']:,} an epoch, {summary['supervised_tokens']:,} of them supervised",
-        f"padding     none (padded batches would be {padding:.0%} padding)",
+        f"padding     {padding:.0%} of padded batches{', left out by the fast path' * args.fast_path}",
         f"steps       {steps:,} of {args.per_device_train_batch_size} examples x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",

@@ -5,8 +5,8 @@
     MODEL=Qwen/Qwen2.5-7B-Instruct DATA=my_data bash train_zero2.sh --num_train_epochs 1
     python train.py config.yaml                    the same flags from a file
 
-The way of the data: files -> data.load_splits (labels on the assistant's words only) -> batch (assigned to
-the ranks, padding-free) -> model (attention within a sequence, head on supervised tokens) -> SFTTrainer -> report.
+The way of the data: files -> data.load_splits (labels on the assistant's words only) -> batch (assigned to the ranks by
+tokens) -> model -> SFTTrainer (the plain step, which fast_path.py makes fast where the loss stays the same) -> report.
 """
 
 import json
@@ -31,6 +31,7 @@ from checkpoint import (
 )
 from data import load_splits
 from infer import find_base_model
+from lora import describe_adapters
 from model import check_model, check_vocabulary, load_model, load_tokenizer, mend_generation_config
 from report import print_run_summary, save_report
 from rows import UserError
@@ -115,6 +116,7 @@ def train(model_args, data_args, args) -> None:
     model = load_model(model_args, args)
     if not model_args.use_lora:  # an adapter is saved without it
         messages += mend_generation_config(model)
+    messages += describe_adapters(model, model_args)
 
     trainer = SFTTrainer(
         model=model,

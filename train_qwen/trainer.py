@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from batch import BalancedBatchSampler, collate, pack_best_fit
-from callbacks import CheckPadding, CompleteCheckpoints
+from callbacks import CompleteCheckpoints
 from data import IGNORE_INDEX, column
 from rows import UserError
 
@@ -168,3 +168,14 @@ class SFTTrainer(Trainer):
         if not math.isfinite(logs.get("loss", logs.get("eval_loss", 0))):
             raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
         super().log(logs, start_time)
+
+
+class CheckPadding(TrainerCallback):
+    """Before the first step: padded batches must be their rows."""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1 or self.trainer.packing:
+            self.trainer.refuse_padding_that_changes_the_loss()

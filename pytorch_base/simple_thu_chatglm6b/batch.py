@@ -1,4 +1,4 @@
-"""Examples -> padding-free batches: packed into bins, assigned to steps and ranks, flattened."""
+"""Examples -> batches: packed into bins, assigned to steps and ranks, padded."""
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
@@ -6,8 +6,9 @@ import bisect
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithFlattening
 
 from data import IGNORE_INDEX
 
@@ -42,7 +43,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     No rank waits for another, and no step needs much more memory than the others. Which bins share a step depends on
     their number in a step alone: 1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2 train on the same ones. A
-    last step that has too few bins leaves some batches empty; `collate_padding_free` makes those harmless.
+    last step that has too few bins leaves some batches empty; `collate` makes those harmless.
 
     Args:
         lengths: tokens of each example, shape (examples,).
@@ -98,14 +99,18 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return [groups[i] for i in sorted(range(num_groups), key=lambda i: -tokens[i])]
 
 
-flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=IGNORE_INDEX)
-
-
-def collate_padding_free(examples: list[dict]) -> dict:
-    """Examples one after the other in one padding-free batch; none at all gives two tokens without labels.
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Examples padded on the right to the longest; none at all gives two tokens without labels.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (from 0 in each example), all of shape (1, tokens);
-        `cu_seq_lens_q`, `cu_seq_lens_k` of shape (examples + 1,); `max_length_q`, `max_length_k`.
+        `input_ids`, `attention_mask` and `labels`, of shape (examples, longest). The first token of an example is
+        nobody's target.
     """
-    return flatten(examples or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX]}])
+    examples = examples or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX]}]
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    labels = [torch.tensor([IGNORE_INDEX, *example["labels"][1:]]) for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }

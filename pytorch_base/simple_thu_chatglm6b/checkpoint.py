@@ -98,7 +98,7 @@ def list_checkpoints(folder: Path, prefix: str = "") -> list[Path]:
     """The newest first; what else a user keeps there (checkpoint-best, ...) is none of them.
 
     Args:
-        prefix: "incomplete-" for those that `find_checkpoint` has put aside.
+        prefix: "incomplete-" for those that `newest_complete_checkpoint` has put aside.
     """
     prefix += "checkpoint-"
     found = [path for path in folder.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
@@ -135,6 +135,14 @@ def write_through(path: Path) -> None:
     os.close(descriptor)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file aside first: half a manifest or half a run.json would cost the checkpoints that it speaks for."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    write_through(unfinished)
+    os.replace(unfinished, path)
+
+
 def share_weights(folder: Path) -> None:
     """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
     umask = os.umask(0)  # it can't be read otherwise
@@ -154,10 +162,7 @@ def seal_checkpoint(checkpoint: Path, save_total_limit: int | None, best: Path |
     sizes = list_file_sizes(checkpoint)
     for name in sizes:
         write_through(checkpoint / name)
-    unfinished = checkpoint / f".{MANIFEST}"
-    unfinished.write_text(json.dumps(sizes))
-    write_through(unfinished)
-    os.replace(unfinished, checkpoint / MANIFEST)
+    replace_file(checkpoint / MANIFEST, json.dumps(sizes))
     write_through(checkpoint)
     kept = {checkpoint, best or checkpoint}
     others = [old for old in list_checkpoints(checkpoint.parent) if old not in kept]
@@ -187,47 +192,65 @@ def hash_model_files(folder: str) -> str:
 def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | None, bool, list[str]]:
     """The newest complete checkpoint of this run, whether the run has come to its end, and what there is to say.
 
-    Incomplete checkpoints after it are renamed, since Transformers takes each folder of that name for a good one.
-
     Args:
         run: what makes the run itself (model, data, adapters, batch, schedule); kept in the folder as run.json.
 
     Raises:
         UserError: the folder holds checkpoints of another run, or of another program.
     """
-    folder, messages = Path(output_dir), []
-    run_file, report = folder / RUN_FILE, folder / "train_results.json"
-    checkpoints = list_checkpoints(folder)
+    folder = Path(output_dir)
+    report = folder / "train_results.json"
     if overwrite:
-        for checkpoint in [*checkpoints, *list_checkpoints(folder, "incomplete-")]:
-            shutil.rmtree(checkpoint)
-        checkpoints = []
-        run_file.unlink(missing_ok=True)
+        remove_run(folder)
+    is_new = is_another_run(folder, run)
+    if not is_new and report.exists():
+        end = f"nothing is left to train: this run came to its end ({report})"
+        return None, True, [f"{end}. Start it afresh by --overwrite_output_dir true."]
+    report.unlink(missing_ok=True)
+    if is_new:
+        replace_file(folder / RUN_FILE, json.dumps(run, indent=2, ensure_ascii=False))
+    checkpoint, messages = newest_complete_checkpoint(folder)
+    return checkpoint, False, messages
+
+
+def remove_run(folder: Path) -> None:
+    for checkpoint in [*list_checkpoints(folder), *list_checkpoints(folder, "incomplete-")]:
+        shutil.rmtree(checkpoint)
+    (folder / RUN_FILE).unlink(missing_ok=True)
+
+
+def is_another_run(folder: Path, run: dict) -> bool:
+    """Whether a folder's run.json speaks of another run, or is not there.
+
+    Raises:
+        UserError: the folder holds checkpoints of that other run, or of another program.
+    """
+    run_file, checkpoints = folder / RUN_FILE, list_checkpoints(folder)
     if checkpoints and not run_file.exists():
-        raise UserError(f"{output_dir} holds checkpoints that were not written here; give another --output_dir.")
+        raise UserError(f"{folder} holds checkpoints that were not written here; give another --output_dir.")
     before = json.loads(run_file.read_text()) if run_file.exists() else {}
     changed = [f"{name} was {before.get(name)}, is {value}" for name, value in run.items() if before.get(name) != value]
     if checkpoints and changed:
         raise UserError(
-            f"{output_dir} holds checkpoints of another run: {'; '.join(changed)}. "
+            f"{folder} holds checkpoints of another run: {'; '.join(changed)}. "
             "Give another --output_dir / OUTPUT, or start afresh by --overwrite_output_dir true."
         )
-    if not changed and report.exists():
-        end = f"nothing is left to train: this run came to its end ({report})"
-        return None, True, [f"{end}. Start it afresh by --overwrite_output_dir true."]
-    report.unlink(missing_ok=True)
-    if changed:  # written aside first: half a file would cost the checkpoints that it speaks for
-        unfinished = folder / f".{run_file.name}"
-        unfinished.write_text(json.dumps(run, indent=2, ensure_ascii=False))
-        write_through(unfinished)
-        os.replace(unfinished, run_file)
-    for checkpoint in checkpoints:
+    return bool(changed)
+
+
+def newest_complete_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
+    """The checkpoint to go on from, if there is one, and what there is to say.
+
+    Incomplete ones after it are renamed, since Transformers takes each folder of that name for a good one.
+    """
+    messages = []
+    for checkpoint in list_checkpoints(folder):
         if is_complete(checkpoint):
-            return str(checkpoint), False, [*messages, f"resuming from {checkpoint}"]
+            return str(checkpoint), [*messages, f"resuming from {checkpoint}"]
         aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
         messages.append(
             f"{checkpoint} is incomplete (its save never ended): now {aside.name}; going back to the one before"
         )
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
-    return None, False, messages
+    return None, messages

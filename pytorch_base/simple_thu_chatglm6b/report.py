@@ -13,18 +13,6 @@ import torch
 
 from data import IGNORE_INDEX, column
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets.
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "H20": 148,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
-
 
 def show_labels(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     """The conversation as the model reads it, with what it is trained on between ⟦ and ⟧."""
@@ -73,7 +61,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
         f"model       {model_name}  ({sum(sizes):,} parameters, {trainable:,} trainable)",
         f"examples    {summary['rows']:,} to train on, {summary['validation_rows']:,} to validate on",
         f"tokens      {summary['tokens']:,} an epoch, {summary['supervised_tokens']:,} of them supervised",
-        f"padding     none (padded batches would be {padding:.0%} padding)",
+        f"padding     {padding:.0%} of padded batches{', left out by the fast path' * args.fast_path}",
         f"steps       {steps:,} of {args.per_device_train_batch_size} examples x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",
@@ -83,23 +71,6 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
         show_labels(tokenizer, trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["labels"]),
     ]
     print("\n".join(lines), flush=True)
-
-
-def training_flops(model, tokens: float, supervised_tokens: float) -> float:
-    """Operations of the matrix products with the weights, without what checkpointing does twice.
-
-    A weight takes 2 operations a token forward, 2 for the gradient of its input, and 2 for its own where it is trained
-    (Kaplan et al., "Scaling Laws for Neural Language Models", 2020). The head sees the supervised tokens only, the
-    input embedding multiplies nothing, and attention's own products are left out.
-    """
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    flops = 0
-    for weight in model.parameters():
-        if weight is embedding and weight is not head:
-            continue
-        size = getattr(weight, "ds_numel", weight.numel())
-        flops += (6 if weight.requires_grad else 4) * size * (supervised_tokens if weight is head else tokens)
-    return flops
 
 
 def mean_train_loss(history: list[dict]) -> float:
@@ -139,11 +110,6 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         }
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak:
-            supervised_tokens = tokens * summary["supervised_tokens"] / summary["tokens"]
-            flops = training_flops(trainer.model, tokens, supervised_tokens)
-            results["mfu"] = flops / seconds / (args.world_size * peak * 1e12)
     else:
         results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     Path(args.output_dir, "train_results.json").write_text(json.dumps(results, indent=2))

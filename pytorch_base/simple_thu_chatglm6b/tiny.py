@@ -14,6 +14,8 @@ from data import CACHE_DIR
 from files import identify_file, list_files
 from rows import read_rows
 
+SAMPLE_DATA = "data/alpaca_chinese"
+
 # The layout that GLM-4 was trained on (https://huggingface.co/THUDM/glm-4-9b-chat-hf, tokenizer_config.json). A turn
 # has no end of its own: the mark of the next one ends it.
 GLM4_TEMPLATE = """[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>

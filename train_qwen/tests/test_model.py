@@ -8,9 +8,9 @@ import pytest
 import torch
 from ranks import losses, run_train, train_here
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OpenAIGPTConfig
 
-import train
+from arguments import ModelArguments, TrainingArguments
 from model import PLAIN_TEMPLATE, check_model, load_model, load_tokenizer, mend_generation_config
 from rows import UserError
 
@@ -25,12 +25,12 @@ def change(file: Path, **settings) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-def arguments(model, **settings) -> train.ModelArguments:
-    return train.ModelArguments(model_name_or_path=str(model), **settings)
+def arguments(model, **settings) -> ModelArguments:
+    return ModelArguments(model_name_or_path=str(model), **settings)
 
 
-def training_arguments(tmp_path) -> train.TrainingArguments:
-    return train.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+def training_arguments(tmp_path, **settings) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **settings)
 
 
 def flags(model, data, output, eval_data) -> list[str]:
@@ -185,6 +185,26 @@ def test_a_tied_tensor_under_either_name_and_tensors_of_others_are_no_error(fold
 def test_an_adapter_on_a_tied_layer(target, tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--target_modules: .* are one weight"):
         load_model(arguments(tiny_folder, use_lora=True, target_modules=[target]), training_arguments(tmp_path))
+
+
+def test_a_model_without_activation_checkpointing(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=64, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    checkpointing = training_arguments(tmp_path, gradient_checkpointing=True)
+    reason = "--gradient_checkpointing true: OpenAIGPTLMHeadModel has no activation checkpointing. Leave it out."
+    with pytest.raises(UserError, match=reason):
+        load_model(arguments(tmp_path / "model"), checkpointing)
+    load_model(arguments(tmp_path / "model"), training_arguments(tmp_path))
+
+
+def test_an_adapter_of_another_model(tiny_folder, adapter, tmp_path):
+    spoiled = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change(spoiled / "adapter_config.json", r=2)
+    with pytest.raises(
+        UserError, match=f"{spoiled}: the adapter can't be put on its base model: .* size mismatch"
+    ) as raised:
+        load_model(arguments(spoiled, use_lora=True), training_arguments(tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_generation_config_that_cannot_be_saved(folder, tmp_path):

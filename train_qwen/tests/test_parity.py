@@ -182,6 +182,7 @@ def test_attention_within_a_sequence_and_its_window():
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_varlen_kernel_is_asked_for_the_same_attention(window, monkeypatch):
     """On a GPU one kernel takes all sequences; here a stand-in with its signature computes what it is asked for."""
+
     def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
         assert window_size[1] == 0 and enable_gqa and max_q == max_k == 9
         place = torch.arange(len(query))
