@@ -96,7 +96,7 @@ def program_of(root: Path, script: str) -> str | None:
     if not (root / script).is_file() or script.split("/")[0] in OWN_ENVIRONMENT:
         return None
     text = (root / script).read_text(encoding="utf-8")
-    return script if "ArgumentParser" in text or "parse_flags" in text else None
+    return script if re.search("ArgumentParser|parse_(flags|arguments)", text) else None
 
 
 def read_shell(tree: Tree, name: str, first: int, code: str, bases: list[str]) -> tuple[list[str], list[Use]]:
