@@ -43,7 +43,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own; a resumed run goes on counting the evaluations without a better loss."""
+    """Transformers' own; a resumed run goes on counting the evaluations without a better loss (transformers#28544)."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

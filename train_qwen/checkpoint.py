@@ -144,7 +144,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def share_weights(folder: Path) -> None:
-    """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
+    """Gives weights the permissions of any new file; safetensors writes them for their owner alone (its #782)."""
     umask = os.umask(0)  # it can't be read otherwise
     os.umask(umask)
     for file in folder.glob("*.safetensors"):
@@ -241,7 +241,8 @@ def is_another_run(folder: Path, run: dict) -> bool:
 def newest_complete_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
     """The checkpoint to go on from, if there is one, and what there is to say.
 
-    Incomplete ones after it are renamed, since Transformers takes each folder of that name for a good one.
+    Incomplete ones after it are renamed, since Transformers takes each folder of that name for a good one
+    (transformers#35782).
     """
     messages = []
     for checkpoint in list_checkpoints(folder):

@@ -36,7 +36,7 @@ def probe_logits(model, tokenizer) -> torch.Tensor:
 
 
 def refuse_tied_targets(model, named_by: str) -> None:
-    """Raises UserError for a low-rank adapter on the input embedding or the head where both are one weight.
+    """Raises UserError for a low-rank adapter on the input embedding or the head where both are one weight (peft#2018).
 
     Args:
         named_by: the flag or the adapter's folder, which the error names.
@@ -54,7 +54,7 @@ def refuse_tied_targets(model, named_by: str) -> None:
 
 
 def repair_generation_config(config, path: str) -> None:
-    """Makes the sampling settings agree with each other, as saving demands; `config` is changed in place.
+    """Makes the sampling settings agree with each other, as saving demands (transformers#29988), in place.
 
     Values for sampling without a word on do_sample mean to sample; where do_sample is false nobody reads them.
 

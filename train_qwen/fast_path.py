@@ -84,7 +84,8 @@ def varlen_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bo
 
 
 AttentionInterface.register("packed_sdpa", packed_sdpa)
-# cuDNN's attention builds a plan for each new length, 0.16 s a time on an H100; FlashAttention's kernel needs none.
+# cuDNN's attention builds a plan for each new length, 0.16 s a time on an H100; FlashAttention's needs none
+# (pytorch#155958).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -408,15 +409,18 @@ class FastPath(TrainerCallback):
             examples.append({"input_ids": ids, "labels": labels})
         return examples
 
-    def measure(self, summed_loss: Callable, batches) -> tuple[torch.Tensor, list]:
-        total, gradients = 0, [0] * len(self.compared)
+    def measure(self, summed_loss: Callable, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The loss, and of each tensor to compare a million numbers of its gradient: whole ones of a head are large."""
+        total, gradients = 0, [torch.zeros(())] * len(self.compared)
         for batch in batches:
             with self.trainer.compute_loss_context_manager():
                 loss = summed_loss(self.trainer.model, batch)
-            found = torch.autograd.grad(loss, self.compared, allow_unused=True)
-            gradients = [total if one is None else total + one for total, one in zip(gradients, found, strict=True)]
             total = total + loss.detach()
-        return total, [torch.as_tensor(gradient, dtype=torch.float32) for gradient in gradients]
+            for i, gradient in enumerate(torch.autograd.grad(loss, self.compared, allow_unused=True)):
+                if gradient is not None:
+                    some = gradient.flatten()[:: gradient.numel() // 2**20 + 1]
+                    gradients[i] = gradients[i].to(some.device) + some.float()
+        return total, gradients
 
     def refuse_other_results(self) -> None:
         """Raises ValueError where loss or gradients are not the model's own."""
@@ -428,7 +432,7 @@ class FastPath(TrainerCallback):
         for own, found in zip(self.own_gradients, gradients, strict=True):
             # Beside the largest gradient: one that is 0 but for rounding (a key's bias) has no digits of its own.
             tolerance = 0.1 * own.norm() + 0.01 * largest if half else 1e-3 * own.norm() + 1e-5 * largest
-            if (own - found).norm() > tolerance:
+            if not (own - found).norm() <= tolerance:  # nor where they are no numbers
                 raise ValueError("the gradients are not those of the model as it is")
 
     def replace_forward(self, undo: ExitStack, module: nn.Module, forward: Callable) -> None:
@@ -454,6 +458,9 @@ class FastPath(TrainerCallback):
         self.head_is_chunked = True
 
     def take_smaller_layers(self, undo: ExitStack) -> None:
+        """Gives the model's RMSNorms and gated MLPs the forwards above, found by what they compute."""
+        undo.callback(setattr, self, "smaller_layers", 0)
+        undo.callback(setattr, self, "last_mlp", None)
         found = {}
         with torch.random.fork_rng(devices=[]):
             for module in self.trainer.model.modules():
@@ -464,8 +471,6 @@ class FastPath(TrainerCallback):
                     self.replace_forward(undo, module, partial(found[kind], module))
                     self.smaller_layers += 1
                     self.last_mlp = module if module._modules else self.last_mlp
-        undo.callback(setattr, self, "smaller_layers", 0)
-        undo.callback(setattr, self, "last_mlp", None)
 
     def skip_in_last_mlp(self, undo: ExitStack) -> None:
         """Nobody reads what the last layer's MLP makes of tokens that are not supervised."""

@@ -23,7 +23,7 @@ def find_interface(address: str) -> str:
     """The network interface that leads to `address`.
 
     Left to themselves gloo and NCCL may ask what address the machine's own name has, and in containers, Debian and
-    Ubuntu /etc/hosts says 127.0.x.1, where no other machine can reach it.
+    Ubuntu /etc/hosts says 127.0.x.1, where no other machine can reach it (pytorch#8672).
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
         unsent.connect((address, 9))

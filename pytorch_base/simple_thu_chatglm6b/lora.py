@@ -19,7 +19,7 @@ from rows import UserError
 # Tokens of the trial pass: attention over compressed blocks (DeepSeek-V4's have 128 tokens) needs a full one.
 TRIAL_TOKENS = 160
 
-# PEFT takes no adapter on `out_proj` of these: Mamba's fused kernels read its weight without calling it.
+# PEFT takes no adapter on `out_proj` of these: Mamba's fused kernels read its weight without calling it (peft#2556).
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
@@ -116,7 +116,8 @@ def find_targets(model: nn.Module, targets: list[str]) -> tuple[list[str], list[
     """
     linear, stacks = linear_layers(model), expert_stacks(model)
     if is_deepspeed_zero3_enabled():  # the weights are in pieces, and a pass of the model would gather them all
-        layers, stacks = [name for name, layer in linear.items() if is_plain_product(layer)], list(stacks)
+        with torch.random.fork_rng(devices=[]):
+            layers, stacks = [name for name, layer in linear.items() if is_plain_product(layer)], list(stacks)
     else:
         layers, stacks = find_trainable(model, linear, stacks)
     uses = Counter(layer.weight for layer in linear.values())  # merging would add several adapters to one weight

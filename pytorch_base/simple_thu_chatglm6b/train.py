@@ -117,6 +117,8 @@ def train(model_args, data_args, args) -> None:
     if not model_args.use_lora:  # an adapter is saved without it
         messages += mend_generation_config(model)
     messages += describe_adapters(model, model_args)
+    if args.torch_compile:
+        messages.append("compiled: the plain step, without the fast path")
 
     trainer = SFTTrainer(
         model=model,
@@ -139,7 +141,8 @@ def train(model_args, data_args, args) -> None:
         print_run_summary(trainer, tokenizer, model_name, summary, messages)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
-    warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")  # DeepSpeed's, at every save
+    # DeepSpeed's, at every save (pytorch#186124, accelerate#4269)
+    warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated")
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate_at_the_end()
     trainer.save_model()

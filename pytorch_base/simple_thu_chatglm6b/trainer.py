@@ -163,7 +163,7 @@ class SFTTrainer(Trainer):
             )
 
     def log(self, logs, start_time=None):
-        """Tensors become their numbers, since trainer_state.json can't hold them."""
+        """Tensors become their numbers, since trainer_state.json can't hold them (transformers#30038)."""
         logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
         if not math.isfinite(logs.get("loss", logs.get("eval_loss", 0))):
             raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
