@@ -1,6 +1,7 @@
 """Families of causal models through train_qwen: those that most people know, or that stand for a mechanism."""
 
 import pytest
+
 from check_families import check_family
 from families import KNOWN
 
