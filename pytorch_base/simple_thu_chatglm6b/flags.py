@@ -18,6 +18,8 @@ RENAMED = {
     "use_deepspeed": "--deepspeed ds_zero2_no_offload.json",
     "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps (--warmup_steps 0.03)",
     "no_cuda": "--use_cpu true",
+    "source_length": "--model_max_length, the tokens of a whole conversation",
+    "target_length": "--model_max_length, the tokens of a whole conversation",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
     "torch_dtype": "--bf16 true or --fp16 true",
