@@ -24,6 +24,8 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd chinese_classifier && $(PYTEST) tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && $(PYTEST) tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd train_qwen && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd internlm-sft && $(PYTEST) tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd internlm-sft && $(PYTEST) tests/test_page.py
 	$(ACTIVATE) && cd pytorch_base/multi_process && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/transformers_flow && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
@@ -58,6 +60,7 @@ lint: .venv/test
 notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_qwen
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_classifier
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py internlm-sft
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
