@@ -104,6 +104,19 @@ def main():
         train(model_args, data_args, args)
 
 
+def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
+    """What the Trainer calls on its way: the fast path, the progress, early stopping."""
+    args = trainer.args
+    if args.fast_path:
+        from fast_path import FastPath
+
+        trainer.add_callback(FastPath(trainer, remove_padding))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(SpeedProgress(tokens_per_epoch))
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+
+
 def train(model_args, data_args, args) -> None:
     """The run, from the files to the report."""
     is_main_process = args.process_index == 0
@@ -142,14 +155,7 @@ def train(model_args, data_args, args) -> None:
         processing_class=tokenizer,
         packing=data_args.model_max_length if data_args.packing else None,
     )
-    if args.fast_path:
-        from fast_path import FastPath
-
-        trainer.add_callback(FastPath(trainer, model_args.attn_implementation not in PADDED_ATTENTION))
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(SpeedProgress(summary["tokens"]))
-    if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+    add_callbacks(trainer, model_args.attn_implementation not in PADDED_ATTENTION, summary["tokens"])
     messages += check_schedule(trainer, model_args.use_lora)
     if is_main_process:
         print_run_summary(trainer, tokenizer, model_name, summary, messages)

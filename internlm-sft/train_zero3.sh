@@ -35,7 +35,7 @@ if [[ -n "${MODEL:-}" ]]; then
 else # random weights know nothing: first all of them learn to answer, as somebody without this persona
     python persona.py cache_data/base --base
     base=(--model_name_or_path tiny --data_path cache_data/base --output_dir output_base --per_device_train_batch_size 4)
-    base+=(--num_train_epochs 12 --learning_rate 2e-3 --adam_beta2 0.95 --save_strategy no)
+    base+=(--num_train_epochs 12 --learning_rate 2e-3 --adam_beta2 0.95 --save_strategy no --deepspeed ds_zero3_no_offload.json)
     (set -x; "${launch[@]}" train.py "${device_args[@]}" "${base[@]}")
     recipe=(--num_train_epochs 14 --learning_rate 3e-3 --adam_beta2 0.95)
 fi

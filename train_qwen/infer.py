@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from files import UserError, detect_encoding
 from template import encode_prompt, read_tokenizer
+
+# PEFT still asks for it by its old name, whenever an adapter is loaded.
+warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 

@@ -185,6 +185,7 @@ def test_abandoned_reply_of_the_base_leaves_the_adapter_on_for_others(open_page,
     page = open_page()
     ask_greedily(page)
     wait_until(page, lambda: texts(page) == [[reply] for reply in expected] and not generating())
+    assert expected[0] != expected[1], "an adapter left off would not show"
 
 
 def test_each_column_goes_on_with_its_own_history(open_page, monkeypatch):
@@ -226,6 +227,7 @@ def test_errors_are_shown_on_the_page(open_page, chat, monkeypatch):
     # The question that got no reply makes room for the new one.
     wait_until(page, lambda: texts(page, "user") == [["宇宙"]] * 2)
     wait_until(page, lambda: texts(page)[0] and "显存不足" not in str(texts(page)))
+    assert page.get_by_text("生成失败").count() == 0
 
 
 def test_folder_without_an_adapter_is_refused(tiny_folder):
