@@ -106,11 +106,15 @@ def ask(page, question: str = QUESTION) -> None:
     page.get_by_placeholder("输入问题").press("Enter")
 
 
-def ask_greedily(page, max_new_tokens: int = 30) -> None:
-    """At temperature 0, as `expected` was."""
+def open_settings(page) -> None:
     page.get_by_text("设置").click()
     page.get_by_role("spinbutton", name="温度").wait_for()
-    page.wait_for_timeout(300)  # sliders that are being drawn set themselves to their defaults once more
+    page.wait_for_timeout(1000)  # what is being drawn sets itself to its default once more
+
+
+def ask_greedily(page, max_new_tokens: int = 30) -> None:
+    """At temperature 0, as `expected` was."""
+    open_settings(page)
     for label, value in (("最大长度", max_new_tokens), ("温度", 0)):
         page.get_by_role("spinbutton", name=label).fill(str(value))
         page.get_by_role("spinbutton", name=label).press("Tab")
@@ -198,7 +202,7 @@ def test_each_column_goes_on_with_its_own_history(open_page, monkeypatch):
 
     monkeypatch.setattr(demo, "stream_reply", reply)
     page = open_page()
-    page.get_by_text("设置").click()
+    open_settings(page)
     page.get_by_label("系统提示").fill("宇宙洪荒")
     for number, question in enumerate(("第一问", "第二问"), start=1):
         ask(page, question)

@@ -97,6 +97,8 @@ def generating() -> bool:
 
 def test_reply_streams_stops_is_asked_for_again_and_cleared(page, tmp_path):
     page.get_by_text("设置").click()
+    page.get_by_role("spinbutton", name="温度").wait_for()
+    page.wait_for_timeout(1000)  # what is being drawn sets itself to its default once more
     page.get_by_label("系统提示").fill("宇宙洪荒")
     ask(page)
     page.locator(REPLY).last.wait_for()
