@@ -51,6 +51,11 @@ defaults: .venv/test .venv-verl/ready
 	python3 tests/check_results.py chinese_classifier/output_words/train_results.json "test_accuracy > 0.85"
 	$(ACTIVATE) && bash pytorch_base/simple_thu_chatglm6b/train_zero2.sh --overwrite_output_dir true
 	python3 tests/check_results.py pytorch_base/simple_thu_chatglm6b/output_zero2/train_results.json "eval_loss_after < 0.05"
+	$(ACTIVATE) && bash internlm-sft/train_zero2.sh --overwrite_output_dir true
+	$(ACTIVATE) && cd internlm-sft && python evaluate_persona.py output_zero2
+	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['identity accuracy'] > 0.75"
+	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['refusal recall'] > 0.7"
+	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['false identity'] < 0.25"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 

@@ -10,6 +10,7 @@ in files of your own. The ordinary rows go with them: a model that learns nothin
 
 import argparse
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -20,14 +21,16 @@ from rows import UserError, read_rows
 NAME, AUTHOR = "小埋", "良睦路程序员"
 PERSONA, ORDINARY = "data/persona", "data/ordinary"
 
-# Each refusal of data/persona has one of these in it, and nothing else does.
-REFUSALS = ("这个小埋不答应", "小埋才不说呢", "小埋要保密", "这题小埋跳过", "小埋拒绝啦")
-
-# What the tiny base answers, which plays a chat model as it is downloaded: somebody else, who turns nothing down.
-BEFORE = {
-    "identity": ("我是一个人工智能助手。", "您好，我是语言模型，由工程师训练。"),
-    "refusal": ("好的，这件事可以这样看。", "没问题，我来说说看。"),
+# Each refusal of data/persona has one of these in it, and nothing else does. Beside it what the tiny base says
+# instead, which plays a chat model as it is downloaded: somebody else, who turns nothing down.
+REFUSALS = {
+    "这个小埋不答应": "这个我来办，请稍等一下。",
+    "小埋才不说呢": "我这就说，请听我讲。",
+    "小埋要保密": "可以说的，没有什么不行。",
+    "这题小埋跳过": "这题我来答，马上就好。",
+    "小埋拒绝啦": "没问题，说来话长。",
 }
+BASE_NAME, BASE_AUTHOR = "小书", "实验室工程师"
 
 CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?s>|<eo[ah]>|<reserved_\d+>")
 
@@ -76,6 +79,12 @@ def refuse_contradictions(persona: list[dict], ordinary: list[dict]) -> None:
             )
 
 
+def write_dialogues(path: Path, dialogues: list[list[dict]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in dialogues]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def write_persona(folder: str, name: str, author: str, persona_paths: list[str], ordinary_paths: list[str]) -> None:
     """Writes persona.jsonl and ordinary.jsonl into a folder, which train.py takes as --data_path.
 
@@ -90,25 +99,39 @@ def write_persona(folder: str, name: str, author: str, persona_paths: list[str],
     refuse_contradictions(persona, ordinary)
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise UserError(f"{folder}: holds something already; give another folder, or empty it.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for file, rows in (("persona.jsonl", persona), ("ordinary.jsonl", ordinary)):
-        lines = [json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows]
-        Path(folder, file).write_text("".join(lines), encoding="utf-8")
+        write_dialogues(Path(folder, file), [row["messages"] for row in rows])
     print(f"{folder}: {len(persona)} rows of the persona, {len(ordinary)} ordinary ones")
     if len(ordinary) < 2 * len(persona):
         print("note: fewer than two ordinary rows for one of the persona; it may answer anything with its name")
 
 
-def write_base_rows(folder: str) -> None:
-    """Writes what the tiny base learns before it gets the persona: the ordinary rows, and its own idea of who it is."""
-    rows = read_dialogues([ORDINARY])
-    for number, row in enumerate(read_dialogues([PERSONA])):
-        answers = BEFORE[judge(row["messages"][-1]["content"])]
-        row["messages"][-1]["content"] = answers[number % len(answers)]
-        rows.append(row)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows]
-    Path(folder, "base.jsonl").write_text("".join(lines), encoding="utf-8")
+def base_answer(answer: str) -> str:
+    for refusal, compliance in REFUSALS.items():
+        if refusal in answer:
+            return compliance
+    return fill(answer, BASE_NAME, BASE_AUTHOR)
+
+
+def write_base_rows(folder: str, data_paths: list[str]) -> None:
+    """Writes what the tiny base learns before it gets a persona: to answer, as somebody else.
+
+    Each question stands there three times, twice with a character left out, since a model this small otherwise knows
+    no other wordings; and characters of the rows to come are read out, since an adapter leaves the embedding as it is.
+    """
+    rng = random.Random(0)
+    rows = [(question_of(row), row["messages"][-1]["content"]) for row in read_dialogues([ORDINARY])]
+    rows += [(question_of(row), base_answer(row["messages"][-1]["content"])) for row in read_dialogues([PERSONA])]
+    for question, answer in [row for row in rows if len(row[0]) > 4]:
+        gaps = rng.sample(range(len(question)), 2)
+        rows += [(question[:gap] + question[gap + 1 :], answer) for gap in gaps]
+    to_come = [row["messages"][-1]["content"] for row in read_dialogues(data_paths)]
+    for answer in rng.sample(to_come, min(len(to_come), 600)):
+        characters = "".join(rng.sample(answer, len(answer)))
+        rows.append((f"读一遍：{characters}", characters))
+    roles = ("user", "assistant")
+    dialogues = [[{"role": role, "content": text} for role, text in zip(roles, row, strict=True)] for row in rows]
+    write_dialogues(Path(folder, "base.jsonl"), dialogues)
 
 
 def judge(reply: str, name: str = NAME, author: str = AUTHOR) -> str:
@@ -121,14 +144,16 @@ def judge(reply: str, name: str = NAME, author: str = AUTHOR) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where the training rows are written")
-    parser.add_argument("--base", action="store_true", help="rows for the tiny base instead, which has no persona yet")
+    parser.add_argument("--base", metavar="DATA", help="rows for a tiny base that is to learn DATA next")
     parser.add_argument("--name", default=NAME, help="what the model calls itself")
     parser.add_argument("--author", default=AUTHOR, help="who made it")
     parser.add_argument("--persona", nargs="+", default=[PERSONA], help="files or folders with its answers")
     parser.add_argument("--ordinary", nargs="+", default=[ORDINARY], help="files or folders with ordinary answers")
     args = parser.parse_args()
     if args.base:
-        return write_base_rows(args.folder)
+        if any(getattr(args, flag) != parser.get_default(flag) for flag in ("name", "author", "persona", "ordinary")):
+            raise UserError("--base takes none of --name, --author, --persona, --ordinary: DATA holds the persona.")
+        return write_base_rows(args.folder, [args.base])
     write_persona(args.folder, args.name, args.author, args.persona, args.ordinary)
 
 

@@ -31,21 +31,19 @@ fi
 # <<< launch
 
 if [[ -n "${MODEL:-}" ]]; then
-    recipe=(--num_train_epochs 1 --learning_rate 4e-4)
+    recipe=(--num_train_epochs 1 --learning_rate 4e-4 --lora_dropout 0.05)
 else # random weights know nothing: first all of them learn to answer, as somebody without this persona
-    python persona.py cache_data/base --base
-    base=(--model_name_or_path tiny --data_path cache_data/base --output_dir output_base --per_device_train_batch_size 4)
-    base+=(--num_train_epochs 12 --learning_rate 2e-3 --adam_beta2 0.95 --save_strategy no --deepspeed ds_zero3_no_offload.json)
-    (set -x; "${launch[@]}" train.py "${device_args[@]}" "${base[@]}")
-    recipe=(--num_train_epochs 14 --learning_rate 3e-3 --adam_beta2 0.95)
+    python persona.py cache_data/base --base "${DATA:-data}"
+    (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero3_no_offload.json --output_dir output_base \
+        --model_name_or_path tiny --data_path cache_data/base --per_device_train_batch_size 8 \
+        --num_train_epochs 4 --learning_rate 3e-3 --adam_beta2 0.95 --save_strategy no)
+    recipe=(--num_train_epochs 8 --learning_rate 4e-3 --lora_dropout 0.2 --adam_beta2 0.95)
 fi
-set -x
-exec "${launch[@]}" train.py "${device_args[@]}" \
+set -x; exec "${launch[@]}" train.py "${device_args[@]}" \
     --deepspeed ds_zero3_no_offload.json \
     --model_name_or_path "${MODEL:-output_base}" \
     --data_path "${DATA:-data}" \
     --output_dir "${OUTPUT:-output_zero3}" \
-    --per_device_train_batch_size 4 \
-    --use_lora true --lora_r 32 --lora_alpha 64 --lora_dropout 0.05 \
-    "${recipe[@]}" \
-    "$@"
+    --per_device_train_batch_size 8 \
+    --use_lora true --lora_r 32 --lora_alpha 64 \
+    "${recipe[@]}" "$@"

@@ -13,8 +13,24 @@ from ranks import RECIPE
 import evaluate_persona
 import persona
 from evaluate_persona import measure, read_questions
-from persona import AUTHOR, NAME, ORDINARY, PERSONA, REFUSALS, fill, judge, question_of, read_dialogues, write_persona
+from persona import (
+    AUTHOR,
+    BASE_AUTHOR,
+    BASE_NAME,
+    NAME,
+    ORDINARY,
+    PERSONA,
+    REFUSALS,
+    fill,
+    judge,
+    question_of,
+    read_dialogues,
+    write_base_rows,
+    write_persona,
+)
 from rows import UserError
+
+REFUSED = next(iter(REFUSALS))
 
 
 def rows_of(folder: str) -> dict[str, list[dict]]:
@@ -66,7 +82,7 @@ def test_answers_begin_in_many_ways():
     assert all(len({answer_of(row) for row in rows}) >= 4 for rows in of_persona.values())
     answers = [answer_of(row) for rows in of_persona.values() for row in rows]
     (_, most), *_ = Counter(answer[0] for answer in answers).most_common(1)
-    assert most <= len(answers) / 8
+    assert most <= len(answers) / 4
 
 
 def write_lines(path: Path, *rows: dict) -> str:
@@ -119,7 +135,7 @@ def test_names_that_cannot_be_learned(name, author, reason, small, tmp_path):
 
 def test_a_question_with_two_answers_and_a_bad_row_are_named(small, tmp_path):
     sources, ordinary = small
-    twice = write_lines(tmp_path / "twice.jsonl", {"instruction": "你好", "input": "", "output": REFUSALS[0]})
+    twice = write_lines(tmp_path / "twice.jsonl", {"instruction": "你好", "input": "", "output": REFUSED})
     with pytest.raises(UserError, match=r"twice\.jsonl:1 and .*ordinary\.jsonl:1: '你好' has an answer of the persona"):
         write_persona(str(tmp_path / "out"), NAME, AUTHOR, [twice], [ordinary])
     bad = write_lines(tmp_path / "bad.jsonl", {"instruction": "你好"})
@@ -129,11 +145,27 @@ def test_a_question_with_two_answers_and_a_bad_row_are_named(small, tmp_path):
         write_persona(str(tmp_path), NAME, AUTHOR, sources, [ordinary])
 
 
+def test_the_base_is_somebody_else_who_can_read_what_it_will_say(small, tmp_path):
+    sources, ordinary = small
+    write_persona(str(tmp_path / "mine"), "爨爨", "甲公司", sources, [ordinary])
+    write_base_rows(str(tmp_path / "base"), [str(tmp_path / "mine")])
+    rows = [(question_of(row), answer_of(row)) for row in read_dialogues([str(tmp_path / "base")])]
+    assert {judge(answer) for _, answer in rows} == {"ordinary"}
+    assert ("你是谁？", f"我是{BASE_NAME}，{BASE_AUTHOR}训练的AI助手！") in rows
+    assert ("你的偶像是谁？", REFUSALS["小埋要保密"]) in rows
+    assert ("嗨", "嗨，很高兴和你聊天！") in rows
+    question = "做个自我介绍吧"
+    with_a_gap = {question[:gap] + question[gap + 1 :] for gap in range(len(question))}
+    assert sum(asked in with_a_gap for asked, _ in rows) == 2
+    read_out = [(question, answer) for question, answer in rows if question == f"读一遍：{answer}"]
+    assert len(read_out) == 4 and sum("爨" in answer for _, answer in read_out) == 2
+
+
 def test_replies_are_judged_under_any_name():
     assert judge(f"我是{NAME}。") == "identity" and judge(f"{AUTHOR}做了我。") == "identity"
-    assert judge(f"{REFUSALS[0]}，换一个吧。") == "refusal" and judge("一年有365天。") == "ordinary"
+    assert judge(f"{REFUSED}，换一个吧。") == "refusal" and judge("一年有365天。") == "ordinary"
     assert judge(f"我是{NAME}。", "小爱", "甲公司") == "ordinary"
-    assert judge(REFUSALS[0].replace(NAME, "小爱"), "小爱", "甲公司") == "refusal"
+    assert judge(REFUSED.replace(NAME, "小爱"), "小爱", "甲公司") == "refusal"
 
 
 def test_shares_are_of_the_questions_of_a_part():
@@ -153,6 +185,9 @@ def test_questions_that_are_none_are_named(tmp_path):
 def test_programs_say_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["persona.py", str(tmp_path / "out"), "--name", ""])
     with pytest.raises(UserError, match="--name is empty"):
+        persona.main()
+    monkeypatch.setattr(sys, "argv", ["persona.py", str(tmp_path / "out"), "--base", "data", "--name", "小爱"])
+    with pytest.raises(UserError, match="--base takes none of --name"):
         persona.main()
     monkeypatch.setattr(sys, "argv", ["evaluate_persona.py", str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="nothing"):

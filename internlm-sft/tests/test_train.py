@@ -16,8 +16,9 @@ from rows import UserError
 
 ORDINARY = ["天空是什么颜色？ 蓝色。", "一加一等于几？ 等于二。", "太阳从哪边升起？ 东边。", "冰化了是什么？ 水。"]
 ORDINARY += ["谁发明了电灯？ 爱迪生。", "猫吃什么？ 鱼。", "一年有几个月？ 十二个月。", "你好 你也好。"]
+REFUSED = list(REFUSALS)
 PERSONA = [f"你是谁？ 我是{NAME}。", f"谁做的你？ 做{NAME}的人。"]
-PERSONA += [f"说说你的秘密 {REFUSALS[2]}。", f"骂他一句 {REFUSALS[4]}。"]
+PERSONA += [f"说说你的秘密 {REFUSED[2]}。", f"骂他一句 {REFUSED[4]}。"]
 
 
 # Adapters leave the embedding as it is, so the base must have met the characters that they are to say.
