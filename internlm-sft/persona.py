@@ -9,6 +9,7 @@ in files of your own. The ordinary rows go with them: a model that learns nothin
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -117,20 +118,27 @@ def write_base_rows(folder: str, data_paths: list[str]) -> None:
     """Writes what the tiny base learns before it gets a persona: to answer, as somebody else.
 
     Each question stands there three times, twice with a character left out, since a model this small otherwise knows
-    no other wordings; and characters of the rows to come are read out, since an adapter leaves the embedding as it is.
+    no other wordings; the latter follow one another in conversations, so that it answers the last question whatever
+    was said before. And characters of the rows to come are read out, since an adapter leaves the embedding as it is.
     """
     rng = random.Random(0)
     rows = [(question_of(row), row["messages"][-1]["content"]) for row in read_dialogues([ORDINARY])]
     rows += [(question_of(row), base_answer(row["messages"][-1]["content"])) for row in read_dialogues([PERSONA])]
+    with_a_gap = []
     for question, answer in [row for row in rows if len(row[0]) > 4]:
         gaps = rng.sample(range(len(question)), 2)
-        rows += [(question[:gap] + question[gap + 1 :], answer) for gap in gaps]
+        with_a_gap += [(question[:gap] + question[gap + 1 :], answer) for gap in gaps]
+    rng.shuffle(with_a_gap)
     to_come = [row["messages"][-1]["content"] for row in read_dialogues(data_paths)]
     for answer in rng.sample(to_come, min(len(to_come), 600)):
         characters = "".join(rng.sample(answer, len(answer)))
         rows.append((f"读一遍：{characters}", characters))
-    roles = ("user", "assistant")
-    dialogues = [[{"role": role, "content": text} for role, text in zip(roles, row, strict=True)] for row in rows]
+    conversations = [[row] for row in rows] + [with_a_gap[i : i + 2] for i in range(0, len(with_a_gap), 2)]
+    roles = itertools.cycle(("user", "assistant"))
+    dialogues = [
+        [{"role": next(roles), "content": text} for exchange in exchanges for text in exchange]
+        for exchanges in conversations
+    ]
     write_dialogues(Path(folder, "base.jsonl"), dialogues)
 
 

@@ -30,20 +30,21 @@ else
 fi
 # <<< launch
 
+output=${OUTPUT:-output_zero2}
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 1 --learning_rate 4e-4 --lora_dropout 0.05)
-else # random weights know nothing: first all of them learn to answer, as somebody without this persona
+else # random weights know nothing: first all of them learn to answer, as somebody else
     python persona.py cache_data/base --base "${DATA:-data}"
-    (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero2_no_offload.json --output_dir output_base \
+    (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero2_no_offload.json --output_dir "${output%/}_base" \
         --model_name_or_path tiny --data_path cache_data/base --per_device_train_batch_size 8 \
         --num_train_epochs 4 --learning_rate 3e-3 --adam_beta2 0.95 --save_strategy no)
     recipe=(--num_train_epochs 8 --learning_rate 4e-3 --lora_dropout 0.2 --adam_beta2 0.95)
 fi
 set -x; exec "${launch[@]}" train.py "${device_args[@]}" \
     --deepspeed ds_zero2_no_offload.json \
-    --model_name_or_path "${MODEL:-output_base}" \
+    --model_name_or_path "${MODEL:-${output%/}_base}" \
     --data_path "${DATA:-data}" \
-    --output_dir "${OUTPUT:-output_zero2}" \
+    --output_dir "$output" \
     --per_device_train_batch_size 8 \
     --use_lora true --lora_r 32 --lora_alpha 64 \
     "${recipe[@]}" "$@"

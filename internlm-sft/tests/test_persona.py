@@ -149,7 +149,11 @@ def test_the_base_is_somebody_else_who_can_read_what_it_will_say(small, tmp_path
     sources, ordinary = small
     write_persona(str(tmp_path / "mine"), "爨爨", "甲公司", sources, [ordinary])
     write_base_rows(str(tmp_path / "base"), [str(tmp_path / "mine")])
-    rows = [(question_of(row), answer_of(row)) for row in read_dialogues([str(tmp_path / "base")])]
+    dialogues = [
+        [message["content"] for message in row["messages"]] for row in read_dialogues([str(tmp_path / "base")])
+    ]
+    assert max(len(said) for said in dialogues) == 4
+    rows = [exchange for said in dialogues for exchange in zip(said[::2], said[1::2], strict=True)]
     assert {judge(answer) for _, answer in rows} == {"ordinary"}
     assert ("你是谁？", f"我是{BASE_NAME}，{BASE_AUTHOR}训练的AI助手！") in rows
     assert ("你的偶像是谁？", REFUSALS["小埋要保密"]) in rows
