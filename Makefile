@@ -30,6 +30,7 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/transformers_flow && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
 	$(VERL) && cd verl_base && $(PYTEST) tests -n 2
+	$(ACTIVATE) && cd chinese_bloom && $(PYTEST) tests -n 2
 
 # Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
 newest: .venv-newest/ready
