@@ -80,7 +80,7 @@ def test_a_resumed_run_keeps_the_languages_first_loss(tiny_folder, tmp_path):
 
 
 def test_the_script_says_what_it_trains(tmp_path):
-    more = ["--max_steps", "20", "--save_strategy", "no", "--logging_steps", "1"]
+    more = ["--max_steps", "50", "--save_strategy", "no", "--logging_steps", "1"]
     run = start_script("train_zero2.sh", tmp_path / "out", *more)
     screen, _ = run.communicate(timeout=150)
     assert run.returncode == 0, screen[-3000:]
