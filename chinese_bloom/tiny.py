@@ -41,7 +41,7 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def build_tiny_model(
-    texts: list[str], folder: str, hidden_size: int = 192, num_hidden_layers: int = 2, vocab_size: int = 2048
+    texts: list[str], folder: str, hidden_size: int = 192, num_hidden_layers: int = 2, vocab_size: int = 600
 ) -> None:
     """Saves a small BLOOM with random weights (the real class) and a byte-level BPE trained on `texts`."""
     tokenizer = byte_level_bpe(texts, vocab_size)

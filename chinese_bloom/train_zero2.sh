@@ -33,7 +33,7 @@ fi
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 3 --learning_rate 2e-5)
 else
-    recipe=(--num_train_epochs 12 --learning_rate 2e-3 --adam_beta2 0.95) # random weights: it takes longer
+    recipe=(--num_train_epochs 8 --learning_rate 2e-3 --adam_beta2 0.95) # random weights: it takes longer
 fi
 [[ -n "${DATA:-}" ]] || recipe+=(--validation_split 0.1)
 set -x

@@ -32,7 +32,7 @@ NAMES = {
 
 
 def train_sentencepiece(lines: list[str], prefix: bool) -> bytes:
-    """A small model as InternLM's are, the last piece NUL, which no trainer of today would make."""
+    """A small model as InternLM's are, one piece NUL, which no trainer of today would make."""
     model, options = io.BytesIO(), {"byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2}
     options |= {"user_defined_symbols": SYMBOLS, "add_dummy_prefix": prefix, "character_coverage": 0.98}
     SentencePieceTrainer.train(
@@ -40,7 +40,9 @@ def train_sentencepiece(lines: list[str], prefix: bool) -> bytes:
         normalization_rule_name="identity", split_by_whitespace=False, max_sentencepiece_length=8, **options,
     )  # fmt: skip
     proto = ModelProto.FromString(model.getvalue())
-    proto.pieces[-1].piece = "\0"
+    pieces = [piece.piece for piece in proto.pieces]
+    part_of_no_other = [i for i, piece in enumerate(pieces) if sum(piece in longer for longer in pieces) == 1]
+    proto.pieces[part_of_no_other[-1]].piece = "\0"
     return proto.SerializeToString()
 
 
