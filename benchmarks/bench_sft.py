@@ -76,6 +76,30 @@ def build_model(shape: str):
         return Qwen2ForCausalLM(Qwen2Config(**dict(zip(names, SHAPES[shape], strict=True))))
 
 
+def import_train_qwen(way: str, common: dict, shape: str):
+    """Imports the recipe; returns its builder."""
+    sys.path.insert(0, str(ROOT / "train_qwen"))
+    from datasets import Dataset
+
+    from arguments import TrainingArguments
+    from fast_path import FastPath
+    from trainer import SFTTrainer
+
+    def build(rows, batch_size, output):
+        settings = common | {"eval_strategy": "no", "eval_on_start": False, "lr_scheduler_type": "linear"}
+        settings |= {"warmup_steps": 0, "per_device_train_batch_size": batch_size, "output_dir": output}
+        packing = None
+        if way.endswith("packing"):
+            packing, settings["per_device_train_batch_size"] = 2048, batch_size // 4
+        dataset = Dataset.from_list(rows)
+        arguments = TrainingArguments(**settings)
+        trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
+        trainer.add_callback(FastPath(trainer))
+        return trainer
+
+    return build
+
+
 def import_way(way: str, device: str, shape: str):
     """Imports what the way needs, so that the memory of imports is not counted, and returns its builder."""
     import deepspeed  # noqa: F401  (Accelerate imports it in every way as soon as training starts)
@@ -86,24 +110,7 @@ def import_way(way: str, device: str, shape: str):
     common = COMMON | DEVICES[device]
     torch.set_num_threads(1 if device == "cpu" else 4)
     if way.startswith("train_qwen"):
-        sys.path.insert(0, str(ROOT / "train_qwen"))
-        from arguments import TrainingArguments
-        from fast_path import FastPath
-        from trainer import SFTTrainer
-
-        def build(rows, batch_size, output):
-            settings = common | {"eval_strategy": "no", "eval_on_start": False, "lr_scheduler_type": "linear"}
-            settings |= {"warmup_steps": 0, "per_device_train_batch_size": batch_size, "output_dir": output}
-            packing = None
-            if way.endswith("packing"):
-                packing, settings["per_device_train_batch_size"] = 2048, batch_size // 4
-            dataset = Dataset.from_list(rows)
-            arguments = TrainingArguments(**settings)
-            trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
-            trainer.add_callback(FastPath(trainer))
-            return trainer
-
-        return build
+        return import_train_qwen(way, common, shape)
     if way == "plain trainer":
         from transformers import DataCollatorForSeq2Seq, Qwen2Tokenizer, Trainer, TrainingArguments
 

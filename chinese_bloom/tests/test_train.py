@@ -102,7 +102,10 @@ def test_falcon_whose_pad_is_its_eos_learns_where_to_stop(tokenizer, data_file, 
     more = ["--validation_split", "0", "--save_strategy", "no", "--num_train_epochs", "4", "--learning_rate", "1e-2"]
     train_here(monkeypatch, *flags(str(tmp_path / "m"), data_file, tmp_path / "out", *more))
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] / 1.3
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == ALPACA
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.chat_template == ALPACA and saved.pad_token_id == saved.eos_token_id
+    (example,) = encode_conversation(TURNS, saved)
+    assert example["labels"].count(saved.eos_token_id) == 2
 
 
 def test_sample_rows_are_many_in_each_language_and_told_apart():

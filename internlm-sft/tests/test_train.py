@@ -19,8 +19,6 @@ ORDINARY += ["谁发明了电灯？ 爱迪生。", "猫吃什么？ 鱼。", "�
 REFUSED = list(REFUSALS)
 PERSONA = [f"你是谁？ 我是{NAME}。", f"谁做的你？ 做{NAME}的人。"]
 PERSONA += [f"说说你的秘密 {REFUSED[2]}。", f"骂他一句 {REFUSED[4]}。"]
-
-
 # Adapters leave the embedding as it is, so the base must have met the characters that they are to say.
 READING = [f"读一遍 {NAME}{''.join(REFUSALS)}。"]
 
