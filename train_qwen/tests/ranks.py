@@ -119,15 +119,11 @@ def train_here(monkeypatch, *flags) -> None:
         GradientState._reset_state()
 
 
-def start_script(name: str, output, *flags, folder=None, prefix=(), **variables: str) -> subprocess.Popen:
-    """A launch script, started from `folder`, by bash and the real torchrun; what it prints can be read.
-
-    Args:
-        prefix: words before `bash`.
-    """
+def start_script(name: str, output, *flags, folder=None, **variables: str) -> subprocess.Popen:
+    """A launch script, started from `folder`, by bash and the real torchrun; what it prints can be read."""
     environment = os.environ | {"OUTPUT": str(output)} | variables
     return subprocess.Popen(
-        [*prefix, "bash", f"{RECIPE}/{name}", *map(str, flags)],
+        ["bash", f"{RECIPE}/{name}", *map(str, flags)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

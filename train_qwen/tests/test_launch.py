@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ranks import RECIPE, losses, start_script
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from launch import find_interface
 
@@ -85,18 +86,42 @@ def machines(tmp_path):
         shutil.rmtree(f"/etc/netns/{name}")
 
 
-def test_two_machines_form_one_run(machines, tiny_folder, data_file, tmp_path):
-    from torch.distributed.elastic.utils.distributed import get_free_port
+def screens_of(nodes: list[subprocess.Popen]) -> list[str]:
+    """What each node of a run prints; where one doesn't end, also where its processes wait."""
+    screens, waiting = [], False
+    for node in nodes:
+        try:
+            screens.append(node.communicate(timeout=150)[0])
+        except subprocess.TimeoutExpired:
+            waiting = True
+            for process in [child for each in nodes for child in psutil.Process(each.pid).children(recursive=True)]:
+                process.send_signal(signal.SIGABRT)  # which faulthandler answers with a traceback
+            screens.append(node.communicate(timeout=60)[0])
+    assert not waiting and [node.returncode for node in nodes] == [0, 0], "\n\n".join(screens)
+    return screens
 
+
+def test_two_machines_find_each_other(machines, tmp_path):
     prefixes, address = machines
-    variables = {"NNODES": "2", "MASTER_ADDR": address, "MASTER_PORT": str(get_free_port()), "NPROC": "1"}
-    variables |= {"MODEL": tiny_folder, "DATA": data_file}
+    script = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.ones(1)\nd.all_reduce(x)\n"
+    (tmp_path / "rank.py").write_text(f"{script}print(int(x))\nd.barrier()\nd.destroy_process_group()\n")
+    command = [sys.executable, "-X", "faulthandler", f"{RECIPE}/launch.py", "--nproc_per_node", "1", "--nnodes", "2"]
+    command += ["--master_addr", address, "--master_port", str(get_free_port()), "--node_rank"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [
-        start_script("train_zero3.sh", tmp_path / "two", *SHORT, prefix=prefix, NODE_RANK=str(rank), **variables)
+        subprocess.Popen([*prefix, *command, str(rank), str(tmp_path / "rank.py")], **pipes)
         for rank, prefix in enumerate(prefixes)
     ]
-    screens = [node.communicate(timeout=150)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], screens
+    assert all("2" in screen.splitlines() for screen in screens_of(nodes))
+
+
+def test_two_machines_form_one_run(tiny_folder, data_file, tmp_path):
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), "NPROC": "1"}
+    variables |= {"MODEL": tiny_folder, "DATA": data_file, "PYTHONFAULTHANDLER": "1"}
+    nodes = [
+        start_script("train_zero3.sh", tmp_path / "two", *SHORT, NODE_RANK=str(rank), **variables) for rank in (0, 1)
+    ]
+    screens = screens_of(nodes)
     assert "x 2 processes" in screens[0] and len(losses(tmp_path / "two")) == 2
     assert (tmp_path / "two" / "adapter_model.safetensors").exists()
 
