@@ -57,6 +57,9 @@ defaults: .venv/test .venv-verl/ready
 	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['identity accuracy'] > 0.75"
 	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['refusal recall'] > 0.7"
 	python3 tests/check_results.py internlm-sft/output_zero2/persona_results.json "after['false identity'] < 0.25"
+	$(ACTIVATE) && bash chinese_bloom/train_zero2.sh --overwrite_output_dir true
+	for language in zh en code fr es; do python3 tests/check_results.py chinese_bloom/output_zero2/languages.json \
+		"$$language['after'] < $$language['before'] * 2 / 3" || exit 1; done
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
@@ -67,11 +70,14 @@ notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_qwen
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_classifier
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py internlm-sft
+	$(ACTIVATE) && bash chinese_bloom/train_zero2.sh
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_bloom
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
 bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py
+	$(ACTIVATE) && python benchmarks/bench_sft.py --model bloom
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
 	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 

@@ -1,14 +1,17 @@
-"""Supervised fine-tuning, side by side: train_qwen, TRL's SFTTrainer in several ways, and a plain padded Trainer.
+"""Supervised fine-tuning, side by side: a recipe, TRL's SFTTrainer in several ways, and a plain padded Trainer.
 
     pip install -r requirements-bench.txt
     python benchmarks/bench_sft.py                      about 15 minutes on 2 cores
     python benchmarks/bench_sft.py --rounds 1 --batch_sizes 8
+    python benchmarks/bench_sft.py --model bloom        chinese_bloom, with and without padding, in place of train_qwen
+    python benchmarks/bench_sft.py --model bloom-560m --steps 2 --rounds 1 --batch_sizes 2     its real shape, 16 GB
     python benchmarks/bench_sft.py --device cuda --model 0.5b --batch_sizes 8      on one GPU, in bf16
 
-On the CPU every way trains the same Qwen2 (6 layers x 256, vocabulary 8192) on the same rows in the same order, fp32,
-one thread, in a process of its own; the ways take turns, `--rounds` times, and the median counts. Measured is the whole
-of `trainer.train()`: real (unpadded) tokens per CPU second, and how far the peak of the resident memory rises over what
-the process held after its imports. All ways run without gradient checkpointing, which TRL would switch on by itself.
+On the CPU every way trains the same Qwen2 or BLOOM (6 layers x 256, vocabulary 8192) on the same rows in the same
+order, fp32, one thread, in a process of its own; the ways take turns, `--rounds` times, and the median counts. Measured
+is the whole of `trainer.train()`: real (unpadded) tokens per CPU second, and how far the peak of the resident memory
+rises over what the process held after its imports. All ways run without gradient checkpointing, which TRL would switch
+on by itself.
 
 On a GPU it is a Qwen2.5 in its real shape with random weights, fp32 with bf16 autocast, on rows of 50 to 2,000 tokens;
 measured are real tokens per second in the second epoch, the share of the card's bf16 peak that the useful
@@ -26,11 +29,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WAYS = ["train_qwen", "trl default", "trl packing", "trl chunked loss", "plain trainer"]
+OTHER_WAYS = ["trl default", "trl packing", "trl chunked loss", "plain trainer"]
+BLOOM_WAYS = ["chinese_bloom", "chinese_bloom padded", *OTHER_WAYS]
+WAYS = {"small": ["train_qwen", *OTHER_WAYS], "bloom": BLOOM_WAYS, "bloom-560m": BLOOM_WAYS}
 GPU_WAYS = ["train_qwen", "train_qwen packing", "trl default", "trl liger", "trl packing", "trl chunked loss"]
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, tied head
 SHAPES = {
     "small": (256, 1024, 6, 4, 2, 8192, True),
+    "bloom": (256, 1024, 6, 4, 4, 8192, True),
+    "bloom-560m": (1024, 4096, 24, 16, 16, 250880, True),
     "0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "7b": (3584, 18944, 28, 28, 4, 152064, False),
@@ -67,23 +74,31 @@ def make_rows(device: str) -> list[dict]:
 
 def build_model(shape: str):
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
+    if shape.startswith("bloom"):
+        hidden_size, _, layers, heads, _, vocab_size, _ = SHAPES[shape]
+        config = BloomConfig(vocab_size=vocab_size, hidden_size=hidden_size, n_layer=layers, n_head=heads)
+        return BloomForCausalLM(config)
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     names += ["vocab_size", "tie_word_embeddings"]
     with torch.device("cpu" if shape == "small" else "cuda"):
         return Qwen2ForCausalLM(Qwen2Config(**dict(zip(names, SHAPES[shape], strict=True))))
 
 
-def import_train_qwen(way: str, common: dict, shape: str):
-    """Imports the recipe; returns its builder."""
-    sys.path.insert(0, str(ROOT / "train_qwen"))
+def import_recipe(way: str, common: dict, shape: str):
+    """Imports the recipe that the way is called after; returns its builder."""
+    sys.path.insert(0, str(ROOT / way.split()[0]))
     from datasets import Dataset
 
     from arguments import TrainingArguments
-    from fast_path import FastPath
     from trainer import SFTTrainer
+
+    if shape.startswith("bloom"):
+        from alibi import AlibiFastPath as FastPath
+    else:
+        from fast_path import FastPath
 
     def build(rows, batch_size, output):
         settings = common | {"eval_strategy": "no", "eval_on_start": False, "lr_scheduler_type": "linear"}
@@ -94,7 +109,7 @@ def import_train_qwen(way: str, common: dict, shape: str):
         dataset = Dataset.from_list(rows)
         arguments = TrainingArguments(**settings)
         trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
-        trainer.add_callback(FastPath(trainer))
+        trainer.add_callback(FastPath(trainer, remove_padding=not way.endswith("padded")))
         return trainer
 
     return build
@@ -109,8 +124,8 @@ def import_way(way: str, device: str, shape: str):
 
     common = COMMON | DEVICES[device]
     torch.set_num_threads(1 if device == "cpu" else 4)
-    if way.startswith("train_qwen"):
-        return import_train_qwen(way, common, shape)
+    if not way.startswith(("trl", "plain")):
+        return import_recipe(way, common, shape)
     if way == "plain trainer":
         from transformers import DataCollatorForSeq2Seq, Qwen2Tokenizer, Trainer, TrainingArguments
 
@@ -149,11 +164,13 @@ def import_way(way: str, device: str, shape: str):
     return build
 
 
-def measure(way: str, batch_size: int, output: str, device: str, shape: str) -> dict:
+def measure(way: str, batch_size: int, output: str, device: str, shape: str, steps: int | None) -> dict:
     """One training run in this process."""
     build = import_way(way, device, shape)
-    rows = make_rows(device)
-    if not way.startswith("train_qwen"):  # which assigns rows to steps by their lengths: all others get the same steps
+    rows = make_rows(device)[: steps and steps * batch_size]
+    if way.startswith(
+        ("trl", "plain")
+    ):  # a recipe assigns rows to steps by their lengths: the others get the same steps
         sys.path.insert(0, str(ROOT / "train_qwen"))
         from batch import BalancedBatchSampler
 
@@ -217,9 +234,10 @@ def run_all(options) -> dict:
     runs = {}
     for _ in range(options.rounds):
         for batch_size in options.batch_sizes:
-            for way in WAYS if options.device == "cpu" else GPU_WAYS:
+            for way in WAYS.get(options.model, GPU_WAYS):
                 command = [sys.executable, __file__, "--way", way, "--batch_sizes", str(batch_size)]
                 command += ["--device", options.device, "--model", options.model]
+                command += ["--steps", str(options.steps)] if options.steps else []
                 environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
                 result = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if result.returncode:  # out of memory, say: the other ways are measured all the same
@@ -251,13 +269,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], help="examples a step")
+    parser.add_argument("--steps", type=int, help="the first rows only, as many as these steps need")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: one GPU, bf16, longer rows")
     parser.add_argument("--model", choices=SHAPES, default="small", help="shape of the model; the larger ones on a GPU")
-    parser.add_argument("--way", choices={*WAYS, *GPU_WAYS}, help="one run of one way in this process, as JSON")
+    parser.add_argument(
+        "--way", choices={*GPU_WAYS, *sum(WAYS.values(), [])}, help="one run of one way in this process, as JSON"
+    )
     options = parser.parse_args()
     if options.way:
         output = f"/tmp/bench_sft_{os.getpid()}"
-        print(json.dumps(measure(options.way, options.batch_sizes[0], output, options.device, options.model)))
+        settings = (options.batch_sizes[0], output, options.device, options.model, options.steps)
+        print(json.dumps(measure(options.way, *settings)))
     else:
         print_table(run_all(options), options)
 

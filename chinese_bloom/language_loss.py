@@ -55,5 +55,5 @@ def plot_languages(losses: dict[str, dict]):
     axes.set_xticks(range(len(losses)), [f"{tag} ({loss['rows']})" for tag, loss in losses.items()])
     axes.set(ylabel="validation loss (nats per supervised token)")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above, where no bar is
     return figure

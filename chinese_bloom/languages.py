@@ -6,17 +6,23 @@ from pathlib import Path
 LANGUAGES = {"zh": "中文", "en": "English", "code": "code", "fr": "français", "es": "español"}
 
 CHINESE = re.compile(r"[\u3400-\u9fff]")
+KANA = re.compile(r"[\u3040-\u30ff]")
 CODE = re.compile(
-    r"^\s*(?:def |class |import |from \w+ import |function |const |let |var |SELECT |INSERT |UPDATE |CREATE |#include"
-    r"|public |[\w.]+ = |for \(|while \(|if \(|print\(|console\.log|\$ |#!/|curl |grep |return "
-    r"|(?:for|while|if) .*[;:]$)|[;{}]\s*$|\)\s*:\s*$|=>",
+    r"^\s*(?:def |class |import |from \w+ import |function |const |let |var |SELECT |INSERT |UPDATE |CREATE "
+    r"|#include|#define|public |[\w.]+ = |for \(|while \(|if \(|print\(|console\.log|\$ |#!/|curl |grep |return "
+    r"|echo [\"$]|(?:for|while|if) .*(?:[;:]|; (?:do|then))$|[a-z]+ --?\w|(?:cat|cp|mv|rm|chmod|find) [\w+./~-]*[./+])"
+    r"|[;{}]\s*$|\)\s*:\s*$|=>",
     re.MULTILINE,
 )
-WORD = re.compile(r"[a-zàâçéèêëîïôûùüœñáíóú]+")
+WORD = re.compile(r"[a-zß-öø-ÿœ]+")
 COMMON_WORDS = {
-    "en": " the of and to is in that it for are with as you be this on what how a an not can ",
+    "en": " the of and to is in that it for are with as you be this on what how a an not can do they but or why ",
     "fr": " le la les des est une un et du dans que pour qui au sur avec ce il elle en pas vous quel ",
-    "es": " el la los las es una un y del en que para por con se su no más como qué cuál lo al ",
+    "es": " el la los las es una un y del en que para por con se su no más como qué cuál quién fue lo al ",
+    # known as neighbours that are none of the above
+    "pt": " o os as um uma não que do da dos das em para com no na se é são você mais como qual ",
+    "it": " il lo gli di che è un una per non con del della sono si nel come quale ",
+    "de": " der die das und ist nicht ein eine zu den von mit wie was für sich auf ",
 }
 
 
@@ -32,8 +38,9 @@ def detect_language(question: str, answer: str) -> str:
         return "code"
     text = f"{question}\n{answer}".lower()
     words = WORD.findall(text)
-    if len(CHINESE.findall(text)) > len(words) / 2:
-        return "zh"
+    chinese = len(CHINESE.findall(text))
+    if chinese > len(words) / 2:
+        return "zh" if chinese > len(KANA.findall(text)) else "other"
     counts = {tag: sum(f" {word} " in common for word in words) for tag, common in COMMON_WORDS.items()}
     best = max(counts, key=counts.get)
-    return best if counts[best] >= max(1, len(words) / 20) else "other"
+    return best if best in LANGUAGES and counts[best] >= max(1, len(words) / 20) else "other"

@@ -21,7 +21,7 @@ import gradio as gr
 from infer import load_trained_model, stream_reply
 from rows import UserError
 
-EXAMPLES = ["你是谁？", "请用三句话介绍一下长城。", "“画蛇添足”是什么意思？", "感冒了应该注意什么？"]
+EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
 
 
 def stream_page(model, tokenizer, history, system, settings, stop_event) -> Iterator[tuple]:
