@@ -105,7 +105,7 @@ def import_recipe(way: str, common: dict, shape: str):
         settings |= {"warmup_steps": 0, "per_device_train_batch_size": batch_size, "output_dir": output}
         packing = None
         if way.endswith("packing"):
-            packing, settings["per_device_train_batch_size"] = 2048, batch_size // 4
+            packing, settings["per_device_train_batch_size"] = 2048, max(1, batch_size // 4)
         dataset = Dataset.from_list(rows)
         arguments = TrainingArguments(**settings)
         trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
@@ -152,7 +152,7 @@ def import_way(way: str, device: str, shape: str):
         settings = common | {"per_device_train_batch_size": batch_size, "output_dir": output, "max_length": 2048}
         if way == "trl packing":  # about as many tokens a step as the other ways have
             length = 1024 if device == "cpu" else 2048
-            settings |= {"packing": True, "max_length": length, "per_device_train_batch_size": batch_size // 4}
+            settings |= {"packing": True, "max_length": length, "per_device_train_batch_size": max(1, batch_size // 4)}
         if way == "trl liger":
             settings |= {"use_liger_kernel": True}
         if way == "trl chunked loss":

@@ -142,7 +142,7 @@ def read_shard(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:  # a cut .bin: any of them
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: no weights can be read from it ({reason}). Download it again.") from None
 
@@ -284,7 +284,7 @@ def fast_tokenizer(proto: ModelProto, processor: SentencePieceProcessor, marks: 
 def check_tokenizer(fast: Tokenizer, proto: ModelProto, processor: SentencePieceProcessor, marks: dict) -> None:
     """Raises UserError where a probe or a piece of the vocabulary gets other ids than from SentencePiece.
 
-    Texts that hold a mark are left out: SentencePiece takes `<s>` for four characters, and knows no <|im_end|>.
+    Texts that hold a mark are left out: SentencePiece takes `<s>` for three characters, and knows no <|im_end|>.
     """
     for number, mark in marks.items():
         if (found := fast.token_to_id(mark.content)) != number:

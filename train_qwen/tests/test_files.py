@@ -107,3 +107,12 @@ def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path):
         path.write_text(f"[\n{row}]", encoding="utf-8")
         with pytest.raises(UserError, match=r"rows\.jsonl:2:1: no JSON: can't be read"):
             list(read_rows([str(path)], ["utf-8"]))
+
+
+def test_a_gz_that_is_damaged_within_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    whole = bytearray(gzip.compress(b"".join(b'{"row": %d}\n' % number for number in range(1000))))
+    whole[200:210] = b"\xff" * 10
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="rows.jsonl.gz: the compressed file is broken"):
+        identify_file(str(path))
