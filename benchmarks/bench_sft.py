@@ -4,7 +4,6 @@
     python benchmarks/bench_sft.py                      about 15 minutes on 2 cores
     python benchmarks/bench_sft.py --rounds 1 --batch_sizes 8
     python benchmarks/bench_sft.py --model bloom        chinese_bloom, with and without padding, in place of train_qwen
-    python benchmarks/bench_sft.py --model bloom-560m --steps 2 --rounds 1 --batch_sizes 2     its real shape, 16 GB
     python benchmarks/bench_sft.py --device cuda --model 0.5b --batch_sizes 8      on one GPU, in bf16
 
 On the CPU every way trains the same Qwen2 or BLOOM (6 layers x 256, vocabulary 8192) on the same rows in the same
@@ -30,8 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OTHER_WAYS = ["trl default", "trl packing", "trl chunked loss", "plain trainer"]
-BLOOM_WAYS = ["chinese_bloom", "chinese_bloom padded", *OTHER_WAYS]
-WAYS = {"small": ["train_qwen", *OTHER_WAYS], "bloom": BLOOM_WAYS, "bloom-560m": BLOOM_WAYS}
+WAYS = {"small": ["train_qwen", *OTHER_WAYS], "bloom": ["chinese_bloom", "chinese_bloom padded", *OTHER_WAYS]}
 GPU_WAYS = ["train_qwen", "train_qwen packing", "trl default", "trl liger", "trl packing", "trl chunked loss"]
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, tied head
 SHAPES = {
@@ -105,7 +103,7 @@ def import_recipe(way: str, common: dict, shape: str):
         settings |= {"warmup_steps": 0, "per_device_train_batch_size": batch_size, "output_dir": output}
         packing = None
         if way.endswith("packing"):
-            packing, settings["per_device_train_batch_size"] = 2048, max(1, batch_size // 4)
+            packing, settings["per_device_train_batch_size"] = 2048, batch_size // 4
         dataset = Dataset.from_list(rows)
         arguments = TrainingArguments(**settings)
         trainer = SFTTrainer(build_model(shape), arguments, train_dataset=dataset, packing=packing)
@@ -152,7 +150,7 @@ def import_way(way: str, device: str, shape: str):
         settings = common | {"per_device_train_batch_size": batch_size, "output_dir": output, "max_length": 2048}
         if way == "trl packing":  # about as many tokens a step as the other ways have
             length = 1024 if device == "cpu" else 2048
-            settings |= {"packing": True, "max_length": length, "per_device_train_batch_size": max(1, batch_size // 4)}
+            settings |= {"packing": True, "max_length": length, "per_device_train_batch_size": batch_size // 4}
         if way == "trl liger":
             settings |= {"use_liger_kernel": True}
         if way == "trl chunked loss":
@@ -164,10 +162,10 @@ def import_way(way: str, device: str, shape: str):
     return build
 
 
-def measure(way: str, batch_size: int, output: str, device: str, shape: str, steps: int | None) -> dict:
+def measure(way: str, batch_size: int, output: str, device: str, shape: str) -> dict:
     """One training run in this process."""
     build = import_way(way, device, shape)
-    rows = make_rows(device)[: steps and steps * batch_size]
+    rows = make_rows(device)
     if way.startswith(
         ("trl", "plain")
     ):  # a recipe assigns rows to steps by their lengths: the others get the same steps
@@ -237,7 +235,6 @@ def run_all(options) -> dict:
             for way in WAYS.get(options.model, GPU_WAYS):
                 command = [sys.executable, __file__, "--way", way, "--batch_sizes", str(batch_size)]
                 command += ["--device", options.device, "--model", options.model]
-                command += ["--steps", str(options.steps)] if options.steps else []
                 environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
                 result = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if result.returncode:  # out of memory, say: the other ways are measured all the same
@@ -269,7 +266,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], help="examples a step")
-    parser.add_argument("--steps", type=int, help="the first rows only, as many as these steps need")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: one GPU, bf16, longer rows")
     parser.add_argument("--model", choices=SHAPES, default="small", help="shape of the model; the larger ones on a GPU")
     parser.add_argument(
@@ -278,8 +274,7 @@ def main():
     options = parser.parse_args()
     if options.way:
         output = f"/tmp/bench_sft_{os.getpid()}"
-        settings = (options.batch_sizes[0], output, options.device, options.model, options.steps)
-        print(json.dumps(measure(options.way, *settings)))
+        print(json.dumps(measure(options.way, options.batch_sizes[0], output, options.device, options.model)))
     else:
         print_table(run_all(options), options)
 
