@@ -35,6 +35,8 @@ class SFTTrainer(Trainer):
         NotImplementedError: an argument or a method of Trainer's that would not be used.
     """
 
+    batch_columns = ["input_ids", "labels"]
+
     def __init__(self, *args, packing: int | None = None, **kwargs):
         """packing: tokens of a bin, or None."""
         for name, reason in NOT_TAKEN.items():
@@ -86,9 +88,9 @@ class SFTTrainer(Trainer):
             shuffle,
         )
         loader = DataLoader(
-            dataset.select_columns(["input_ids", "labels"]),
+            dataset.select_columns(self.batch_columns),
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that opening a loader never moves the model's random numbers

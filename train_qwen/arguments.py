@@ -189,18 +189,23 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     refuse_flags_without_effect(model_args, data_args, args)
     if data_args.validation_split is None:
         data_args.validation_split = 0.05
+    refuse_validation_without_rows(data_args, args)
+    return model_args, data_args, args
+
+
+def refuse_validation_without_rows(data_args, args) -> None:
+    """Leaves out the validation where there are no rows for it; raises UserError where a flag needs it."""
     if not data_args.eval_data_path and not data_args.validation_split:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
                 "early stopping and the best model need validation rows: --validation_split or --eval_data_path"
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-    return model_args, data_args, args
 
 
 def refuse_flags_without_effect(model_args, data_args, args) -> None:
     """Raises UserError for a flag that would change nothing here, or not what its name says."""
-    defaults = ModelArguments()
+    defaults = type(model_args)()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
         if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
             raise UserError(f"--{name} has no effect without --use_lora true.")

@@ -170,6 +170,7 @@ def load_encoded(data_path: str, tokenizer, model_max_length: int) -> tuple[Data
     return Dataset.load_from_disk(folder), content_hash
 
 
+# >>> bad-rows
 def column(rows: Dataset, name: str) -> np.ndarray:
     """One column of a dataset as an array of shape (rows,)."""
     return rows.with_format("numpy")[name][:]
@@ -203,6 +204,9 @@ def take_out_bad_rows(rows: Dataset, skip_bad_rows: bool, report_to: str | None)
                 reason = {"source": row["source"], "reason": row["error"], "row": row["raw"]}
                 file.write(json.dumps(reason, ensure_ascii=False) + "\n")
     return rows.select(np.flatnonzero(good)), len(bad_rows)
+
+
+# <<< bad-rows
 
 
 def load_splits(data_args, tokenizer, seed: int, bad_rows_file: str | None) -> tuple[Dataset, Dataset | None, dict]:
