@@ -31,6 +31,7 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd pytorch_base/simple_thu_chatglm6b && $(PYTEST) tests -n 2
 	$(VERL) && cd verl_base && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd chinese_bloom && $(PYTEST) tests -n 2
+	$(ACTIVATE) && cd baichuan2_dpo && $(PYTEST) tests -n 2
 
 # Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
 newest: .venv-newest/ready
@@ -60,6 +61,8 @@ defaults: .venv/test .venv-verl/ready
 	$(ACTIVATE) && bash chinese_bloom/train_zero2.sh --overwrite_output_dir true
 	for language in zh en code fr es; do python3 tests/check_results.py chinese_bloom/output_zero2/languages.json \
 		"$$language['after'] < $$language['before'] * 2 / 3" || exit 1; done
+	$(ACTIVATE) && bash baichuan2_dpo/train_ds.sh --overwrite_output_dir true
+	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['polite/rewards/accuracies'] > 0.85"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 

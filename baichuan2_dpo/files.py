@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -56,11 +57,14 @@ def identify_file(path: str) -> tuple[str, str]:
         UserError: the encoding can't be told, or a compressed file is broken.
     """
     if path.lower().endswith(".parquet"):
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            return "", hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return "", digest.hexdigest()
     try:
         return detect_encoding(path, opener(path))
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the compressed file is broken ({error}). Copy it again.") from None
 
 
