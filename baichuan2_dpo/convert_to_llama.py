@@ -49,18 +49,24 @@ BAICHUAN_VOCABULARY = 64000  # Baichuan2 has 125,696
 NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 NEEDED |= {"max_position_embeddings", "rms_norm_eps"}
 
+# >>> probes
 PROBES = ["你好，世界！", "hello", " hello", "  two  spaces\n\n\ttab \n", "鑫淼𠮷🙂 ½", "ＥＦＧ１２", "\u3000全角", ""]
 PROBES += ["0x1F 3.14159 2024-01-02", "\n\n", " \t \t", "\r\n", "\0", "x\0y", "a▁b", "[[  ]] {{  }}  ---    ###"]
 PROBES += [f"a{' ' * count}b{'=' * count}{chr(10) * count}{'哈' * count}" for count in range(1, 70)]
 PROBES += ["def f(x):\n    if x:  # why\n        return [x[i] for i in range(len(x))]\n\n\n    return None\n"]
 PROBES += ['for (int i = 0; i < n; i++) {\n\t\tprintf("%d\\n", a[i]);\n\t}\n']
+# <<< probes
 
 
+# >>> read-json
 def read_json(file: Path) -> dict:
     try:
         return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: no JSON ({error}). Download it again.") from None
+
+
+# <<< read-json
 
 
 def read_config(folder: Path) -> dict:
@@ -107,6 +113,7 @@ def has_norm_head(old: dict) -> bool:
     return old["vocab_size"] != BAICHUAN_VOCABULARY and "BaiChuanForCausalLM" not in old.get("architectures", [])
 
 
+# >>> list-shards
 def list_shards(folder: Path) -> list[Path]:
     """The files of weights, which Transformers would look for in this order; raises UserError where one is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
@@ -124,6 +131,10 @@ def list_shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: there is neither model.safetensors nor pytorch_model.bin in it, nor the index of one.")
 
 
+# <<< list-shards
+
+
+# >>> read-shard
 def read_shard(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file; a pickled one is read as tensors only, never as code.
 
@@ -136,6 +147,9 @@ def read_shard(file: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:  # OSError: a .bin cut off
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: no weights can be read from it ({reason}). Download it again.") from None
+
+
+# <<< read-shard
 
 
 def wanted_tensors(config: LlamaConfig) -> dict[str, tuple[list[int], list[str]]]:
@@ -240,6 +254,7 @@ def read_marks(settings: dict, proto: ModelProto, speakers: list[str]) -> dict[i
     return dict(sorted(marks.items()))
 
 
+# >>> fast-tokenizer
 def fast_tokenizer(proto: ModelProto, processor: SentencePieceProcessor, marks: dict[int, AddedToken]) -> Tokenizer:
     """A SentencePiece BPE as a fast tokenizer: what merges first is the piece with the better score.
 
@@ -280,6 +295,10 @@ def fast_tokenizer(proto: ModelProto, processor: SentencePieceProcessor, marks: 
     return fast
 
 
+# <<< fast-tokenizer
+
+
+# >>> check-tokenizer
 def check_tokenizer(fast: Tokenizer, proto: ModelProto, processor: SentencePieceProcessor, marks: dict) -> None:
     """Raises UserError where a probe or a piece of the vocabulary gets other ids than from SentencePiece.
 
@@ -296,6 +315,9 @@ def check_tokenizer(fast: Tokenizer, proto: ModelProto, processor: SentencePiece
     for text, one, other in zip(texts, ours, theirs, strict=True):
         if one.ids != other:
             raise UserError(f"tokenizer.model: {text!r} gives {one.ids}, SentencePiece {other}. Not converted.")
+
+
+# <<< check-tokenizer
 
 
 def convert_tokenizer(source: Path) -> tuple[PreTrainedTokenizerFast, list[int]]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from batch import collate
@@ -24,6 +25,7 @@ from trainer import SFTTrainer
 
 MEASURED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 MEASURED += ("logps/chosen", "logps/rejected", "kl")
+PAIRS_KEPT_AT_ONCE = 4096  # a pass that is stopped goes on behind these
 ROUNDING = 1e-4  # nats that a log-probability differs by in another batch, in fp32; no preference
 BY_FILE = ("rewards/accuracies", "logps/chosen")
 
@@ -207,7 +209,7 @@ class ReferenceLogProbabilities:
     def find(self, keys: np.ndarray) -> np.ndarray | None:
         """The values of these pairs, shape (pairs, 2); None where one is unknown."""
         places = np.searchsorted(self.keys, keys)
-        if not np.isin(keys, self.keys).all():
+        if (places == len(self.keys)).any() or (self.keys[places] != keys).any():
             return None
         return self.values[places]
 
@@ -242,15 +244,16 @@ class PrecomputeReferences(TrainerCallback):
     def add_missing(self, rows: Dataset) -> None:
         trainer, references = self.trainer, self.trainer.references
         missing = np.flatnonzero(~np.isin(column(rows, "pair"), references.keys))
-        if len(missing) == 0:
-            return
-        found = []
+        is_main_process = trainer.args.process_index == 0
         trainer.model_wrapped.eval()
-        with trainer.compute_loss_context_manager():
-            for batch in trainer.get_eval_dataloader(rows.select(missing)):
-                values = trainer.reference_log_probabilities(trainer.model_wrapped, batch)
-                found += zip(batch["pair"].tolist(), values.tolist(), strict=True)
-        keys, values = zip(*gather_object(found), strict=True)
-        references.add(np.array(keys, np.int64), np.array(values, np.float32))
-        if trainer.args.process_index == 0 and references.file is not None:
-            references.save()
+        starts = range(0, len(missing), PAIRS_KEPT_AT_ONCE)
+        for start in tqdm(starts, "reference", disable=not is_main_process or len(starts) < 2):
+            found = []
+            with trainer.compute_loss_context_manager():
+                for batch in trainer.get_eval_dataloader(rows.select(missing[start : start + PAIRS_KEPT_AT_ONCE])):
+                    values = trainer.reference_log_probabilities(trainer.model_wrapped, batch)
+                    found += zip(batch["pair"].tolist(), values.tolist(), strict=True)
+            keys, values = zip(*gather_object(found), strict=True)
+            references.add(np.array(keys, np.int64), np.array(values, np.float32))
+            if is_main_process and references.file is not None:
+                references.save()

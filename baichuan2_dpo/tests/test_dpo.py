@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_an_adapter_goes_on_from_itself_as_the_reference(tiny_folder, data_file,
     first = next(entry for entry in read_history(dpo) if "eval_loss" in entry)
     assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and losses(dpo)[0] == pytest.approx(math.log(2))
     assert losses(dpo)[-1] < math.log(2)
+
+
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(tiny_folder, data_file, tmp_path):
+    more = [
+        "--per_device_train_batch_size",
+        "4",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+        "--max_length",
+        "256",
+    ]
+    more += ["--save_total_limit", "9"]
+    run_train(*flags(tiny_folder, data_file, tmp_path / "whole", *more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in ("model.safetensors", "train_results.json", "checkpoint-9", "checkpoint-10", "trainer_state.json"):
+        path = tmp_path / "again" / path
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    run_train(*flags(tiny_folder, data_file, tmp_path / "again", *more))
+    for key in ("loss", "eval_loss", "rewards/margins", "eval_rewards/chosen"):
+        assert losses(tmp_path / "again", key) == losses(tmp_path / "whole", key), key
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_references_are_kept_by_the_pair_and_the_model(tiny_folder, tokenizer, tmp_path):

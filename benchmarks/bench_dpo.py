@@ -1,0 +1,214 @@
+"""Preference training, side by side: baichuan2_dpo and TRL's DPOTrainer, by LoRA and in full.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/bench_dpo.py                       about 25 minutes on 2 cores
+    python benchmarks/bench_dpo.py --rounds 1 --pairs long --tuning lora
+
+Every way trains the same Qwen2 (6 layers x 256, vocabulary 8192) on the same pairs with DPO, fp32, one thread, without
+gradient checkpointing, in a process of its own; the ways take turns, `--rounds` times, and the median counts. Measured
+is the whole training, the reference's passes with it: pairs per CPU second, and how far the peak of the resident memory
+rises over what the process held after its imports. TRL's ways: its default, with the reference computed before, and
+(its best) with the pairs sorted by their length, which leaves hardly any padding.
+
+Pairs: "long" have 200 + 100 + 100 tokens; "dialogue" have prompts of 10 to 200 tokens and replies of 3 to 40.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WAYS = ["baichuan2_dpo", "trl", "trl precomputed", "trl sorted"]
+BATCH_SIZE, LEARNING_RATE = 4, 1e-4
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "learning_rate": LEARNING_RATE,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": BATCH_SIZE,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "output_dir": f"/tmp/bench_dpo_{os.getpid()}",
+}
+
+
+def make_pairs(kind: str) -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected reply as token ids."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def ids(shortest: int, longest: int) -> list[int]:  # log-uniform
+        length = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+        return rng.integers(10, 8192, length).tolist()
+
+    if kind == "long":
+        return [(ids(200, 200), ids(100, 100), ids(100, 100)) for _ in range(48)]
+    return [(ids(10, 200), ids(3, 40), ids(3, 40)) for _ in range(192)]
+
+
+def build_model():
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def import_recipe(tuning: str):
+    sys.path.insert(0, str(ROOT / "baichuan2_dpo"))
+    from datasets import Dataset
+    from peft import get_peft_model
+
+    from dpo_arguments import DPOArguments, decide_precomputing
+    from dpo_trainer import DPOTrainer, PrecomputeReferences
+    from prefix_sharing import PrefixSharing
+
+    def build(pairs):
+        rows = [
+            {
+                "input_ids": prompt + chosen + rejected,
+                "prompt_length": len(prompt),
+                "chosen_length": len(chosen),
+                "length": len(prompt) + len(chosen) + len(rejected),
+                "pair": number,
+                "source": f"pairs.jsonl:{number}",
+            }
+            for number, (prompt, chosen, rejected) in enumerate(pairs)
+        ]
+        args = DPOArguments(
+            **COMMON, eval_strategy="no", eval_on_start=False, lr_scheduler_type="linear", warmup_steps=0
+        )
+        model = get_peft_model(build_model(), lora_config()) if tuning == "lora" else build_model()
+        decide_precomputing(args, tuning == "lora")
+        trainer = DPOTrainer(model, args, train_dataset=Dataset.from_list(rows), adapter_is_new=tuning == "lora")
+        trainer.add_callback(PrefixSharing(trainer))
+        if args.precompute_ref_log_probs:
+            trainer.add_callback(PrecomputeReferences(trainer))
+        return trainer
+
+    return build
+
+
+def import_trl(way: str, tuning: str):
+    import deepspeed  # noqa: F401  (Accelerate imports it in every way as soon as training starts)
+    import trl.trainer.dpo_trainer as library
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import Qwen2Tokenizer
+
+    class OnIds(library.DPOTrainer):
+        """On token ids as they are, in the order of their lengths if asked for."""
+
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(self.train_dataset) if way == "trl sorted" else super()._get_train_sampler(dataset)
+
+    def build(pairs):
+        if way == "trl sorted":
+            pairs = sorted(pairs, key=lambda pair: len(pair[0]) + max(len(pair[1]), len(pair[2])))
+        rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
+        precompute = way == "trl precomputed"
+        args = library.DPOConfig(**COMMON, gradient_checkpointing=False, precompute_ref_log_probs=precompute)
+        tokenizer = Qwen2Tokenizer()
+        return OnIds(
+            model=build_model(),
+            ref_model=None if tuning == "lora" else build_model(),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=lora_config() if tuning == "lora" else None,
+        )
+
+    return build
+
+
+def measure(way: str, kind: str, tuning: str) -> dict:
+    """One training run in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    build = import_recipe(tuning) if way == "baichuan2_dpo" else import_trl(way, tuning)
+    pairs = make_pairs(kind)
+    baseline = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    start = time.process_time()
+    trainer = build(pairs)  # TRL computes its references here
+    trainer.train()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found = {"pairs_per_second": len(pairs) / seconds, "memory_gb": (peak - baseline) / 1e9}
+    return found | {"first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def run_all(options) -> dict:
+    runs = {}
+    for _ in range(options.rounds):
+        for key in [(kind, tuning, way) for kind in options.pairs for tuning in options.tuning for way in WAYS]:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, __file__, "--run", *key]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if result.returncode:
+                sys.exit(f"{key} failed:\n{result.stderr[-2000:]}")
+            runs.setdefault(key, []).append(json.loads(result.stdout.splitlines()[-1]))
+    return {key: {name: statistics.median(r[name] for r in some) for name in some[0]} for key, some in runs.items()}
+
+
+def print_tables(medians: dict) -> None:
+    for kind, tuning in dict.fromkeys(key[:2] for key in medians):
+        ways = {way: result for (*case, way), result in medians.items() if case == [kind, tuning]}
+        peers = [result for way, result in ways.items() if way.startswith("trl")]
+        best_speed = max(peer["pairs_per_second"] for peer in peers)
+        best_memory = min(peer["memory_gb"] for peer in peers)
+        print(f"\n{kind} pairs, {tuning}\n")
+        print("| way | pairs / CPU second | x TRL's best | memory growth, GB | x TRL's best | first loss | last loss |")
+        print("|---|---|---|---|---|---|---|")
+        for way, result in ways.items():
+            speed, memory = result["pairs_per_second"], result["memory_gb"]
+            cells = [way, f"{speed:.2f}", f"{speed / best_speed:.2f}", f"{memory:.2f}", f"{memory / best_memory:.2f}"]
+            print(f"| {' | '.join(cells)} | {result['first_loss']:.5f} | {result['last_loss']:.5f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
+    parser.add_argument("--pairs", nargs="+", choices=["long", "dialogue"], default=["long", "dialogue"])
+    parser.add_argument("--tuning", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--run", nargs=3, help="one run of (pairs, tuning, way) in this process, as JSON")
+    options = parser.parse_args()
+    if options.run:
+        kind, tuning, way = options.run
+        print(json.dumps(measure(way, kind, tuning)))
+    else:
+        print_tables(run_all(options))
+
+
+if __name__ == "__main__":
+    main()
