@@ -38,7 +38,7 @@ else # random weights prefer nothing: first all of them learn to answer
     (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero3_no_offload.json --output_dir "${output%/}_sft" \
         --model_name_or_path tiny --data_path "${DATA:-data/train}" --loss_type sft --per_device_train_batch_size 4 \
         --num_train_epochs 4 --learning_rate 2e-3 --adam_beta2 0.95 --save_strategy no)
-    recipe=(--num_train_epochs 4 --learning_rate 8e-4 --beta 0.2 --rpo_alpha 1)
+    recipe=(--num_train_epochs 4 --learning_rate 5e-4 --rpo_alpha 1)
 fi
 [[ -n "${DATA:-}" ]] || recipe+=(--eval_data_path data/validation)
 set -x; exec "${launch[@]}" train.py "${device_args[@]}" \
