@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from batch import collate
 from data import IGNORE_INDEX, column
+from dpo_arguments import decide_precomputing
 from preference_loss import WITHOUT_REFERENCE, preference_losses
 from rows import UserError
 from trainer import SFTTrainer
@@ -85,6 +86,7 @@ class DPOTrainer(SFTTrainer):
         self.data_collator = collate_pairs
         disable_dropout(self.model)
         self.adapter_is_new = adapter_is_new
+        decide_precomputing(self.args, adapter_is_new)
         self.needs_reference = self.args.loss_type not in WITHOUT_REFERENCE
         self.references = ReferenceLogProbabilities(reference_file)
         self.sums = torch.zeros(len(MEASURED) + 1, device=self.args.device)
@@ -102,22 +104,44 @@ class DPOTrainer(SFTTrainer):
     def rows_apart(self, batch: dict) -> Iterator[dict]:
         return super().rows_apart({name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
 
-    @torch.no_grad()
     def reference_log_probabilities(self, model, batch: dict) -> torch.Tensor:
         """What the reference gives both replies, shape (pairs, 2); 0 for a loss without a reference."""
         if not self.needs_reference:
             return torch.zeros(len(batch["pair"]), 2, device=self.args.device)
-        known = self.references.find(batch["pair"].cpu().numpy())
-        if known is not None:
-            return torch.from_numpy(known).to(self.args.device)
-        if not self.adapter_is_new and self.state.global_step > 0:
-            raise UserError(
-                f"{self.references.file}: lacks the reference's log-probabilities of a pair, and the model is no "
-                "longer what they were to be computed with. Start afresh: --overwrite_output_dir true."
-            )
-        without_adapter = self.model.disable_adapter() if self.adapter_is_new else nullcontext()
-        with without_adapter:
+        if self.args.precompute_ref_log_probs:
+            return torch.from_numpy(self.references.find(batch["pair"].cpu().numpy())).to(self.args.device)
+        return self.compute_reference(model, batch)
+
+    @torch.no_grad()
+    def compute_reference(self, model, batch: dict) -> torch.Tensor:
+        with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
             return self.log_probabilities(model, batch).view(-1, 2)
+
+    def precompute_references(self, rows: Dataset) -> None:
+        """Computes the reference's log-probabilities of all pairs that are not known yet.
+
+        Raises:
+            UserError: there are some, and the model is no longer what they were to be computed with.
+        """
+        references, is_main_process = self.references, self.args.process_index == 0
+        missing = np.flatnonzero(~np.isin(column(rows, "pair"), references.keys))
+        if len(missing) and not self.adapter_is_new and self.state.global_step > 0:
+            raise UserError(
+                f"{references.file}: lacks the reference's log-probabilities of {len(missing)} pairs, and the model is "
+                "no longer what they were to be computed with. Start afresh: --overwrite_output_dir true."
+            )
+        self.model_wrapped.eval()
+        starts = range(0, len(missing), PAIRS_KEPT_AT_ONCE)
+        for start in tqdm(starts, "reference", disable=not is_main_process or len(starts) < 2):
+            found = []
+            with self.compute_loss_context_manager():
+                for batch in self.get_eval_dataloader(rows.select(missing[start : start + PAIRS_KEPT_AT_ONCE])):
+                    values = self.compute_reference(self.model_wrapped, batch)
+                    found += zip(batch["pair"].tolist(), values.tolist(), strict=True)
+            keys, values = zip(*gather_object(found), strict=True)
+            references.add(np.array(keys, np.int64), np.array(values, np.float32))
+            if is_main_process and references.file is not None:
+                references.save()
 
     def losses_of(self, model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a batch: its pairs' losses, summed; the chosen replies' cross-entropy, summed; and what is measured.
@@ -167,6 +191,8 @@ class DPOTrainer(SFTTrainer):
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         files = sorted(set(map(name_of_file, rows["source"])))
+        if self.needs_reference and self.args.precompute_ref_log_probs:
+            self.precompute_references(rows)
         self.model_wrapped.eval()
         sums = torch.zeros(len(files), len(MEASURED) + 1, device=self.args.device)
         cross_entropy = torch.zeros(2, device=self.args.device)
@@ -198,19 +224,26 @@ class DPOTrainer(SFTTrainer):
 
 
 class ReferenceLogProbabilities:
-    """The reference's log-probabilities by pair, kept in a file: keys of shape (pairs,), values of (pairs, 2), fp32."""
+    """The reference's log-probabilities by pair, kept in a file: keys of shape (pairs,), values of (pairs, 2), fp32.
+
+    Key 0 is that of an empty batch, which has 0 for its values.
+    """
 
     def __init__(self, file):
-        self.file, self.keys, self.values = file, np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
+        self.file, self.keys, self.values = file, np.zeros(1, np.int64), np.zeros((1, 2), np.float32)
         if file is not None and file.exists():
             with np.load(file) as saved:
-                self.keys, self.values = saved["keys"], saved["values"]
+                self.add(saved["keys"], saved["values"])
 
-    def find(self, keys: np.ndarray) -> np.ndarray | None:
-        """The values of these pairs, shape (pairs, 2); None where one is unknown."""
-        places = np.searchsorted(self.keys, keys)
-        if (places == len(self.keys)).any() or (self.keys[places] != keys).any():
-            return None
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The values of these pairs, shape (pairs, 2).
+
+        Raises:
+            KeyError: one is unknown.
+        """
+        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        if (self.keys[places] != keys).any():
+            raise KeyError("a pair whose reference log-probabilities were not computed")
         return self.values[places]
 
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
@@ -225,7 +258,7 @@ class ReferenceLogProbabilities:
 
 
 class PrecomputeReferences(TrainerCallback):
-    """Before the first step: the reference's log-probabilities of all pairs that are not known yet.
+    """Before the first step: the reference's log-probabilities of all pairs.
 
     They depend on the pair's ids and the model alone, so they are found again after shuffling, in another run and on
     another number of ranks. No random number is drawn.
@@ -239,21 +272,4 @@ class PrecomputeReferences(TrainerCallback):
         references.keys, references.values = broadcast_object_list([references.keys, references.values])
         for rows in (self.trainer.train_dataset, self.trainer.eval_dataset):
             if rows is not None:
-                self.add_missing(rows)
-
-    def add_missing(self, rows: Dataset) -> None:
-        trainer, references = self.trainer, self.trainer.references
-        missing = np.flatnonzero(~np.isin(column(rows, "pair"), references.keys))
-        is_main_process = trainer.args.process_index == 0
-        trainer.model_wrapped.eval()
-        starts = range(0, len(missing), PAIRS_KEPT_AT_ONCE)
-        for start in tqdm(starts, "reference", disable=not is_main_process or len(starts) < 2):
-            found = []
-            with trainer.compute_loss_context_manager():
-                for batch in trainer.get_eval_dataloader(rows.select(missing[start : start + PAIRS_KEPT_AT_ONCE])):
-                    values = trainer.reference_log_probabilities(trainer.model_wrapped, batch)
-                    found += zip(batch["pair"].tolist(), values.tolist(), strict=True)
-            keys, values = zip(*gather_object(found), strict=True)
-            references.add(np.array(keys, np.int64), np.array(values, np.float32))
-            if is_main_process and references.file is not None:
-                references.save()
+                self.trainer.precompute_references(rows)

@@ -29,7 +29,7 @@ from checkpoint import (
     step_of,
 )
 from data import CACHE_DIR, digest, load_splits
-from dpo_arguments import DPO_DECIDES, decide_precomputing, parse_arguments
+from dpo_arguments import DPO_DECIDES, parse_arguments
 from dpo_trainer import DPOTrainer, PrecomputeReferences
 from infer import find_base_model
 from lora import describe_adapters
@@ -158,7 +158,6 @@ def train(model_args, data_args, args) -> None:
         messages.append("compiled: the plain step, without the fast path")
 
     adapter_is_new = model_args.use_lora and find_base_model(model_args.model_name_or_path) is None
-    decide_precomputing(args, adapter_is_new)
     trainer = DPOTrainer(
         model=model,
         args=args,

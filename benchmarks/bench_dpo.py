@@ -85,7 +85,7 @@ def import_recipe(tuning: str):
     from datasets import Dataset
     from peft import get_peft_model
 
-    from dpo_arguments import DPOArguments, decide_precomputing
+    from dpo_arguments import DPOArguments
     from dpo_trainer import DPOTrainer, PrecomputeReferences
     from prefix_sharing import PrefixSharing
 
@@ -105,7 +105,6 @@ def import_recipe(tuning: str):
             **COMMON, eval_strategy="no", eval_on_start=False, lr_scheduler_type="linear", warmup_steps=0
         )
         model = get_peft_model(build_model(), lora_config()) if tuning == "lora" else build_model()
-        decide_precomputing(args, tuning == "lora")
         trainer = DPOTrainer(model, args, train_dataset=Dataset.from_list(rows), adapter_is_new=tuning == "lora")
         trainer.add_callback(PrefixSharing(trainer))
         if args.precompute_ref_log_probs:

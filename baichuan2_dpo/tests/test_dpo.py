@@ -179,7 +179,20 @@ def test_references_are_kept_by_the_pair_and_the_model(tiny_folder, tokenizer, t
     kept.save()
     again = ReferenceLogProbabilities(tmp_path / "reference.npz")
     assert (again.find(second.with_format("numpy")["pair"][:]) == values[::-1]).all()
-    assert again.find(torch.tensor([5]).numpy()) is None
+    with pytest.raises(KeyError):
+        again.find(torch.tensor([5]).numpy())
+
+
+@pytest.mark.parametrize(
+    ("tuning", "sharded"),
+    [([], ["--deepspeed", "ds_zero3_no_offload.json"]), ([*LORA, "--precompute_ref_log_probs", "false"], [])],
+)
+def test_a_rank_may_have_no_pair_in_the_last_step(tuning, sharded, tiny_folder, tmp_path, monkeypatch):
+    data_file = write_rows(tmp_path / "pairs.jsonl", make_pairs(9))
+    one, two = (["--validation_split", "0", *tuning, "--per_device_train_batch_size", size] for size in ("8", "4"))
+    run_train(*flags(tiny_folder, data_file, tmp_path / "two", *two, *sharded), processes=2)
+    train_here(monkeypatch, *flags(tiny_folder, data_file, tmp_path / "one", *one))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
 
 
 def test_no_prompt_is_on_both_sides(data_file, tiny_folder, tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ def test_a_step_is_trls(settings, tiny_folder, data_file, tokenizer, tmp_path):
     ours = DPOTrainer(policy, args, train_dataset=rows)
     batch = collate_pairs(list(rows))
     values = ours.log_probabilities(reference, batch).detach().view(-1, 2)
+    assert ours.args.precompute_ref_log_probs  # so that these are taken
     ours.references.add(batch["pair"].numpy(), values.numpy())
     ours.add_callback(PrefixSharing(ours))
     ours.train()
