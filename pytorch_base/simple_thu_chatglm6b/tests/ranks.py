@@ -7,6 +7,7 @@ does, with the variables that torchrun would set.
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ def run_rank(log: str, variables: dict[str, str], flags: list[str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update(variables)
     os.chdir(RECIPE)
     sys.argv = ["train.py", *flags]
@@ -79,8 +81,11 @@ class Run:
         end = time.monotonic() + seconds
         while self.is_running() and not any(rank.exitcode for rank in self.ranks):
             if time.monotonic() > end:
+                for rank in self.ranks:
+                    os.kill(rank.pid, signal.SIGUSR1)  # says where it waits
+                time.sleep(2)
                 self.kill()
-                raise TimeoutError(self.printed()[-3000:])
+                raise TimeoutError(self.printed()[-10000:])
             self.ranks[0].join(0.05)
         grace = time.monotonic() + 5  # all have the same to say: let the first say it
         while self.is_running() and time.monotonic() < grace:
