@@ -24,13 +24,13 @@ import torch.nn.functional as F
 
 from data import encode_pair
 from infer import check_model_path, context_length, load_trained_model, stream_reply
+from preference_loss import ROUNDING
 from rows import UserError
 
 RECIPE = Path(__file__).parent
 EXAMPLES = (RECIPE / "examples.txt").read_text(encoding="utf-8").splitlines()
 PAIRS = (RECIPE / "data/validation/unseen.jsonl").read_text(encoding="utf-8").splitlines()[:3]
 COLUMNS, REPLIES = ("训练前", "训练后"), ("回答一", "回答二")
-ROUNDING = 1e-4  # nats; a smaller difference is no preference, as in training
 
 
 def find_before(path: str) -> str | None:

@@ -20,14 +20,13 @@ from transformers import TrainerCallback
 from batch import collate
 from data import IGNORE_INDEX, column
 from dpo_arguments import decide_precomputing
-from preference_loss import WITHOUT_REFERENCE, preference_losses
+from preference_loss import ROUNDING, WITHOUT_REFERENCE, preference_losses
 from rows import UserError
 from trainer import SFTTrainer
 
 MEASURED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 MEASURED += ("logps/chosen", "logps/rejected", "kl")
 PAIRS_KEPT_AT_ONCE = 4096  # a pass that is stopped goes on behind these
-ROUNDING = 1e-4  # nats that a log-probability differs by in another batch, in fp32; no preference
 BY_FILE = ("rewards/accuracies", "logps/chosen")
 
 

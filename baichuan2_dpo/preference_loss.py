@@ -6,6 +6,7 @@ import torch.nn.functional as F
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "sft")
 PER_TOKEN = ("ipo", "simpo")  # on means per token: sums would pay for length
 WITHOUT_REFERENCE = ("simpo", "sft")
+ROUNDING = 1e-4  # nats by which a log-probability differs in another batch, in fp32; no preference
 
 
 def preference_losses(

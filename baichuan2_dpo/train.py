@@ -16,6 +16,7 @@ from pathlib import Path
 
 import transformers
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PreTrainedConfig, ProgressCallback, set_seed
 
 from arguments import PADDED_ATTENTION, TrainingArguments
@@ -38,9 +39,6 @@ from preference_report import save_preferences
 from report import print_run_summary, save_report
 from rows import UserError
 from tiny import tiny_model_folder
-
-# Steps x learning rate from which LoRA takes over a new identity out of 100 rows, measured on small models.
-LORA_TAKES_HOLD = 0.05
 
 
 def describe_run(model_args, data_args, args, summary: dict) -> dict:
@@ -82,7 +80,7 @@ def name_reference_file(model_args, args) -> Path:
     return CACHE_DIR / f"reference-{digest(Path(model).name, hashes, args.bf16, args.fp16)[:16]}.npz"
 
 
-def check_schedule(trainer, use_lora: bool) -> list[str]:
+def check_schedule(trainer) -> list[str]:
     """What there is to say about the planned steps; a warm-up that would be all of them is left out.
 
     Raises:
@@ -98,11 +96,6 @@ def check_schedule(trainer, use_lora: bool) -> list[str]:
             )
         args.warmup_steps = 0
         messages.append("no warm-up: the run has a single step, whose learning rate it would make 0")
-    if use_lora and steps * args.learning_rate < LORA_TAKES_HOLD:
-        messages.append(
-            f"LoRA may hardly change the answers: steps x learning rate is {steps * args.learning_rate:.2g}, small "
-            f"models needed {LORA_TAKES_HOLD} for a new identity. Raise --num_train_epochs or --learning_rate"
-        )
     return messages
 
 
@@ -125,6 +118,17 @@ def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
     trainer.add_callback(SpeedProgress(tokens_per_epoch))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+
+
+def prepare_model(model_args, args) -> tuple[nn.Module, list[str]]:
+    """The model to be trained, and what there is to say of it."""
+    model, messages = load_model(model_args, args), []
+    if not model_args.use_lora:  # an adapter is saved without it
+        messages += mend_generation_config(model)
+    messages += describe_adapters(model, model_args)
+    if args.torch_compile:
+        messages.append("compiled: the plain step, without the fast path")
+    return model, messages
 
 
 def train(model_args, data_args, args) -> None:
@@ -150,14 +154,9 @@ def train(model_args, data_args, args) -> None:
     if finished:
         return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
-    model = load_model(model_args, args)
-    if not model_args.use_lora:  # an adapter is saved without it
-        messages += mend_generation_config(model)
-    messages += describe_adapters(model, model_args)
-    if args.torch_compile:
-        messages.append("compiled: the plain step, without the fast path")
+    model, said_of_it = prepare_model(model_args, args)
+    messages += said_of_it
 
-    adapter_is_new = model_args.use_lora and find_base_model(model_args.model_name_or_path) is None
     trainer = DPOTrainer(
         model=model,
         args=args,
@@ -165,10 +164,12 @@ def train(model_args, data_args, args) -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         reference_file=name_reference_file(model_args, args),
-        adapter_is_new=adapter_is_new,
+        adapter_is_new=model_args.use_lora and find_base_model(model_args.model_name_or_path) is None,
     )
     add_callbacks(trainer, model_args.attn_implementation not in PADDED_ATTENTION, summary["tokens"])
-    messages += check_schedule(trainer, model_args.use_lora)
+    messages += check_schedule(trainer)
+    if summary["rows_with_a_reply_cut"]:
+        messages.append(f"{summary['rows_with_a_reply_cut']}: pairs of which a reply was cut to fit")
     if is_main_process:
         print_run_summary(trainer, tokenizer, model_name, summary, messages)
 
