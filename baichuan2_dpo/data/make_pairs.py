@@ -1,4 +1,4 @@
-"""Preference pairs of three kinds out of questions.jsonl, evasive.txt and rude.txt: train/ and validation/.
+"""Preference pairs of three kinds out of questions.jsonl, untold.jsonl, evasive.txt and rude.txt: train/, validation/.
 
     python data/make_pairs.py
 
@@ -6,10 +6,12 @@
     polite    a polite reply against a rude one
     right     a right answer against a wrong one of the same style and length
 
-Every fifth line of each source is held out: 30 of 150 prompts, and 15 of 75 bad replies of a kind. The questions are
-in order of topic, so each topic is on both sides; no two of them ask the same, so no near-copy of a held-out prompt is
-in training. The held-out prompts come twice: with bad replies that training has too (helpful.jsonl, polite.jsonl) and
-with held-out ones (unseen.jsonl). The same sources give the same bytes.
+Every fifth line of questions.jsonl and of the bad replies is held out: 30 of 150 prompts, and 15 of 75 bad replies of a
+kind. A held-out question asks in other words for a fact that one training question of its topic tells; no near-copy of
+it is in training, nor any of its replies. Half of its wrong answers name what the wrong answer of training names. The
+held-out prompts come twice: with bad replies that training has too (helpful.jsonl, polite.jsonl) and with held-out ones
+(unseen.jsonl). untold.jsonl is the control: right against wrong on 30 facts that training does not tell. The same
+sources give the same bytes.
 """
 
 import json
@@ -21,6 +23,10 @@ FIFTH = 5
 
 def read(name: str) -> list[str]:
     return (HERE / name).read_text(encoding="utf-8").splitlines()
+
+
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in read(name)]
 
 
 def split(lines: list) -> tuple[list, list]:
@@ -49,7 +55,7 @@ def write(name: str, rows: list[dict]):
 
 
 def main():
-    train, validation = split([json.loads(line) for line in read("questions.jsonl")])
+    train, validation = split(read_rows("questions.jsonl"))
     unseen = []
     for kind, source in (("helpful", "evasive.txt"), ("polite", "rude.txt")):
         known, new = split(read(source))
@@ -58,6 +64,7 @@ def main():
         unseen += pair(validation, kind, new)
     write("train/right.jsonl", pair_right(train))
     write("validation/right.jsonl", pair_right(validation))
+    write("validation/untold.jsonl", pair_right(read_rows("untold.jsonl")))
     write("validation/unseen.jsonl", unseen)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import demo
+from compare import score_pair
 from conftest import WORDS
-from demo import score_pair
 from infer import load_trained_model, reply_batch
 
 CHROMIUM = shutil.which("chromium")

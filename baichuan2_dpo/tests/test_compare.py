@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ranks import train_here
 
+import compare
 import demo
+from compare import describe_scores, find_before, load_models, score_pair
 from conftest import make_pairs, write_rows
-from demo import describe_scores, find_before, load_models, score_pair
 from infer import load_trained_model
 from rows import UserError
 from tiny import build_tiny_model
@@ -115,7 +116,7 @@ def make_folder(path, model: str | None = None, base: str | None = None) -> str:
 def test_before_is_what_the_training_began_with(tmp_path, monkeypatch):
     sft = make_folder(tmp_path / "output_sft")
     other = make_folder(tmp_path / "recipe" / "sft_adapter", base=sft)
-    monkeypatch.setattr(demo, "RECIPE", tmp_path / "recipe")
+    monkeypatch.setattr(compare, "RECIPE", tmp_path / "recipe")
     assert find_before(make_folder(tmp_path / "output")) == sft, "beside a model without a run.json"
     assert find_before(make_folder(tmp_path / "named", model="output_sft")) == sft, "beside it, wherever both are"
     assert find_before(make_folder(tmp_path / "deep" / "elsewhere", model=sft)) == sft
