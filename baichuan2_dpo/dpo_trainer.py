@@ -24,7 +24,7 @@ from preference_loss import ROUNDING, WITHOUT_REFERENCE, preference_losses
 from rows import UserError
 from trainer import SFTTrainer
 
-MEASURED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+MEASURED = ("preference_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 MEASURED += ("logps/chosen", "logps/rejected", "kl")
 PAIRS_KEPT_AT_ONCE = 4096  # a pass that is stopped goes on behind these
 BY_FILE = ("rewards/accuracies", "logps/chosen")
@@ -204,7 +204,7 @@ class DPOTrainer(SFTTrainer):
                 cross_entropy += torch.stack([chosen, (batch["labels"][::2, 1:] != IGNORE_INDEX).sum()])
         chosen, tokens = self.accelerator.reduce(cross_entropy).tolist()
         means = self.means_of(sums.sum(0))
-        means["loss"] += self.args.rpo_alpha * chosen / tokens
+        means["loss"] = means["preference_loss"] + self.args.rpo_alpha * chosen / tokens
         means["perplexity"] = math.exp(min(chosen / tokens, 700))  # no float holds more
         if len(files) > 1:
             for name, of_file in zip(files, sums, strict=True):
@@ -218,7 +218,7 @@ class DPOTrainer(SFTTrainer):
         if "loss" in logs:
             means = self.means_of(self.sums)
             self.sums.zero_()
-            logs = means | logs  # the loss is that of the steps, rpo_alpha's term included
+            logs = means | logs
         super().log(logs, start_time)
 
 

@@ -5,14 +5,20 @@ from pathlib import Path
 
 
 def save_preferences(trainer) -> None:
-    """Adds each measure of the validation before and after to train_results.json, and draws rewards.png."""
+    """Adds each measure of the validation before and after to train_results.json, and draws rewards.png.
+
+    An SFT has no preferences to speak of.
+    """
+    if trainer.args.loss_type == "sft":
+        return
     history, folder = trainer.state.log_history, Path(trainer.args.output_dir)
     validation = [entry for entry in history if "eval_rewards/accuracies" in entry]
     if validation:
         report = folder / "train_results.json"
         results = json.loads(report.read_text())
         for moment, entry in (("before", validation[0]), ("after", validation[-1])):
-            results[moment] = {key.removeprefix("eval_"): entry[key] for key in entry if "/" in key}
+            measures = [key for key in entry if "/" in key or key == "eval_preference_loss"]
+            results[moment] = {key.removeprefix("eval_"): entry[key] for key in measures}
         report.write_text(json.dumps(results, indent=2))
         for key, value in results["after"].items():
             print(f"{key:<28} {results['before'][key]:9.3f} -> {value:9.3f}")

@@ -9,6 +9,7 @@ DPOTrainer (log-probabilities, the reference's, the loss; made fast by prefix_sh
 """
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -99,6 +100,14 @@ def check_schedule(trainer) -> list[str]:
     return messages
 
 
+def describe_validation(eval_dataset) -> list[str]:
+    """How far the accuracies of so many pairs can be trusted."""
+    if eval_dataset is None:
+        return []
+    pairs = len(eval_dataset)
+    return [f"{pairs} validation pairs, so an accuracy has a standard error of up to {0.5 / math.sqrt(pairs):.2f}"]
+
+
 def main():
     model_args, data_args, args = parse_arguments()
     with explain_write_errors(args.output_dir):
@@ -167,7 +176,7 @@ def train(model_args, data_args, args) -> None:
         adapter_is_new=model_args.use_lora and find_base_model(model_args.model_name_or_path) is None,
     )
     add_callbacks(trainer, model_args.attn_implementation not in PADDED_ATTENTION, summary["tokens"])
-    messages += check_schedule(trainer)
+    messages += check_schedule(trainer) + describe_validation(eval_dataset)
     if summary["rows_with_a_reply_cut"]:
         messages.append(f"{summary['rows_with_a_reply_cut']}: pairs of which a reply was cut to fit")
     if is_main_process:

@@ -35,9 +35,11 @@ output=${OUTPUT:-output_zero2}
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--use_lora true --num_train_epochs 1 --learning_rate 2e-5)
 else # random weights prefer nothing: first all of them learn to answer
+    afresh=()
+    [[ "$*" == *"--overwrite_output_dir true"* ]] && afresh=(--overwrite_output_dir true)
     (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero2_no_offload.json --output_dir "${output%/}_sft" \
         --model_name_or_path tiny --data_path "${DATA:-data/train}" --loss_type sft --per_device_train_batch_size 4 \
-        --num_train_epochs 4 --learning_rate 2e-3 --adam_beta2 0.95 --save_strategy no)
+        --num_train_epochs 4 --learning_rate 2e-3 --adam_beta2 0.95 --save_total_limit 1 "${afresh[@]}")
     recipe=(--num_train_epochs 4 --learning_rate 5e-4 --rpo_alpha 1)
 fi
 [[ -n "${DATA:-}" ]] || recipe+=(--eval_data_path data/validation)

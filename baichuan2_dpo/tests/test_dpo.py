@@ -111,6 +111,7 @@ def test_the_ways_of_training_are_one(more, tiny_folder, data_file, tmp_path, mo
     history = read_history(tmp_path / "plain")
     first = next(entry for entry in history if "eval_loss" in entry)
     assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-5) and first["eval_rewards/accuracies"] == 0.5
+    assert first["eval_preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
     if more is LORA:
         assert losses(tmp_path / "plain")[0] == pytest.approx(math.log(2), abs=1e-6)
     expected = pytest.approx(losses(tmp_path / "plain"), abs=2e-5)
