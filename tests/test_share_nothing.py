@@ -222,7 +222,7 @@ def test_recipe_trains_where_it_is_copied_to(recipe, tmp_path):
     alone = copy_out(ROOT, recipe, place)
     script = alone / "train_zero2.sh"
     text = script.read_text(encoding="utf-8")  # a first stage, where there is one, takes no flags of ours
-    script.write_text(text.replace("--save_strategy no)", "--save_strategy no --max_steps 2)"), encoding="utf-8")
+    script.write_text(text.replace("--save_total_limit 1 ", "--save_total_limit 1 --max_steps 2 "), encoding="utf-8")
     command = ["bash", str(script), "--max_steps", "2", "--num_train_epochs", "1"]
     status, output = run_alone(command, tmp_path, seconds=400)
     assert status == 0, output[-5000:]
