@@ -2,7 +2,7 @@
 # Pre-training with DeepSpeed ZeRO-3, for models that one GPU can't hold: all visible GPUs, or 2 CPU processes.
 #
 #   bash train_zero3.sh                                     the default corpus, a small Qwen3 from scratch
-#   DATA=my_prepared bash train_zero3.sh --config_name llama --hidden_size 512 --num_hidden_layers 8
+#   DATA=my_prepared bash train_zero3.sh --config_name llama --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8
 #   MODEL=my_model DATA=my_prepared bash train_zero3.sh     goes on with a checkpoint of the same tokenizer
 #   GPUS=0,1 bash train_zero3.sh                            these GPUs only
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash train_zero3.sh      the same line on each machine
@@ -35,7 +35,8 @@ fi
 if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 1 --learning_rate 1e-4 --lr_scheduler_type cosine --per_device_train_batch_size 4)
 elif [[ -n "${DATA:-}" ]]; then # from scratch, in a size that flags say
-    recipe=(--num_train_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine --per_device_train_batch_size 8)
+    recipe=(--num_train_epochs 1 --lr_scheduler_type cosine --per_device_train_batch_size 8
+        --learning_rate 1e-3 --embedding_learning_rate 2e-4 --head_learning_rate 2e-4) # the bigram start is to be kept
 else # the default: all processes of a machine together have 16 rows a step
     recipe=(--hidden_size 192 --num_hidden_layers 2 --num_attention_heads 6 --intermediate_size 512 --model_max_length 129
         --max_steps 600 --per_device_train_batch_size $(((16 + nproc - 1) / nproc)) --lr_scheduler_type linear
