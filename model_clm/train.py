@@ -1,7 +1,7 @@
 """Pre-training of a causal language model, from scratch or from a checkpoint, on what prepare.py has written.
 
     bash train_zero2.sh                                the default corpus, a small Qwen3 from scratch, two processes
-    DATA=my_prepared bash train_zero2.sh --config_name llama --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8
+    DATA=my_prepared bash train_zero2.sh --config_name llama --hidden_size 512 --num_attention_heads 8
     MODEL=my_model DATA=my_prepared bash train_zero2.sh          goes on with a checkpoint of the same tokenizer
     python train.py config.yaml                        the same flags from a file
 
