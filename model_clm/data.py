@@ -102,8 +102,10 @@ class ShardWriter:
             self.shards[-1]["sha256"] = self.digest.hexdigest()
 
 
-def write_manifest(folder: Path, writers: list[ShardWriter], vocab_size: int, tokenizer_hash: str) -> dict:
-    """Closes the shards of all sources and writes `manifest.json`, which makes the folder a prepared one.
+def write_manifest(
+    folder: Path, writers: list[ShardWriter], dtype: str, eos_token_id: int, vocab_size: int, tokenizer_hash: str
+) -> dict:
+    """Closes the shards of all sources, of none where nothing was held out, and writes `manifest.json`.
 
     The manifest's `tokens` of a source are those of its stream, the EOS before the first document among them.
     """
@@ -113,8 +115,8 @@ def write_manifest(folder: Path, writers: list[ShardWriter], vocab_size: int, to
         tokens = sum(shard["tokens"] for shard in writer.shards)
         if writer.shards:
             sources[writer.source] = writer.counts | {"tokens": tokens, "shards": writer.shards}
-    manifest = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eos_token_id": int(writers[0].eos[0])}
-    manifest |= {"dtype": writers[0].dtype.name, "sources": sources}
+    manifest = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    manifest |= {"dtype": dtype, "sources": sources}
     write_aside(Path(folder) / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1))
     return manifest
 

@@ -17,7 +17,7 @@ import gradio as gr
 from infer import character_bits, load_trained_model, stream_continuation
 from rows import UserError
 
-BEGINNINGS = ["新华社北京１月１日电", "江泽民主席", "话说天下大势，", "画蛇添足："]
+BEGINNINGS = ["新华社北京１月１日电", "本报讯　记者从会上获悉，", "话说天下大势，", "画蛇添足："]
 MOST_BITS = 16  # of a character in full colour
 
 

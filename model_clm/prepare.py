@@ -194,19 +194,21 @@ class Splits:
         self.folder, self.vocab_size = folder, vocab_size
         self.settings = ("uint16" if vocab_size <= 1 << 16 else "uint32", eos_token_id, shard_tokens)
         self.writers = {"train": {}, "validation": {}}
+        for side in self.writers:
+            (folder / side).mkdir()
 
     def write(self, side: str, source: str, encoded: Encoded) -> None:
         if source not in self.writers[side]:
-            (self.folder / side).mkdir(exist_ok=True)
             self.writers[side][source] = ShardWriter(self.folder / side, source, *self.settings)
         self.writers[side][source].add(encoded.tokens, encoded.lengths, encoded.characters, encoded.bytes)
 
     def close(self, tokenizer_hash: str) -> dict[str, dict]:
-        """Writes the manifests and returns them by side; one that has no document is not there."""
+        """Writes the manifests and returns them by side; that of a side without a document has no sources."""
+        dtype, eos_token_id, _ = self.settings
+        settings = (dtype, eos_token_id, self.vocab_size, tokenizer_hash)
         return {
-            side: write_manifest(self.folder / side, list(writers.values()), self.vocab_size, tokenizer_hash)
+            side: write_manifest(self.folder / side, list(writers.values()), *settings)
             for side, writers in self.writers.items()
-            if writers
         }
 
 

@@ -45,7 +45,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     epochs = count_rows_of_sources(windows, min(steps * rows_of_a_step(args), steps / per_epoch * len(windows)))
-    sources = windows.manifest["sources"]
+    sources, held_out = windows.manifest["sources"], summary["validation"].items()
     first = windows[0]
     border = "attention ends there" if trainer.document_mask else "a row is read as one text"
     lines = [
@@ -56,7 +56,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, summary: dict, messag
             for name in sources
         ),
         f"rows        {len(windows):,} an epoch of {windows.length} tokens; documents end by EOS, {border}",
-        f"validation  {', '.join(f'{name} {rows.bytes:,} bytes' for name, rows in summary['validation'].items())}",
+        f"validation  {', '.join(f'{name} {rows.bytes:,} bytes' for name, rows in held_out) or 'none was held out'}",
         f"steps       {steps:,} of {args.per_device_train_batch_size} rows x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",

@@ -55,7 +55,7 @@ def write_split(folder: Path, sources: dict[str, list[str]], tokenizer, tokenize
             ids = np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
             writer.add(ids, np.array([len(ids)]), len(text), len(text.encode()))
         writers.append(writer)
-    write_manifest(folder, writers, len(tokenizer), tokenizer_hash)
+    write_manifest(folder, writers, "uint16", tokenizer.eos_token_id, len(tokenizer), tokenizer_hash)
 
 
 def prepare_texts(folder: Path, train: dict[str, list[str]], validation: dict[str, list[str]]) -> str:

@@ -38,7 +38,7 @@ def write_split(folder, sources: dict[str, int] = SOURCES, shard_tokens: int = 1
             ids = [*rng.integers(3, 60_000, rng.integers(0, 31)).tolist(), EOS]
             streams[source] += ids
             writers[-1].add(np.array(ids), np.array([len(ids)]), len(ids) - 1, 3 * (len(ids) - 1))
-    write_manifest(folder, writers, 60_000, "hash")
+    write_manifest(folder, writers, dtype, EOS, 60_000, "hash")
     return streams
 
 
@@ -83,7 +83,7 @@ def test_the_stream_and_the_documents_are_what_was_written(tmp_path):
 def test_32_bit_tokens_are_read_back(tmp_path):
     writer = ShardWriter(tmp_path, "a", "uint32", 0, 100)
     writer.add(np.array([200_000, 7, 0]), np.array([3]), 2, 6)
-    write_manifest(tmp_path, [writer], 250_000, "hash")
+    write_manifest(tmp_path, [writer], "uint32", 0, 250_000, "hash")
     assert WindowsInOrder(tmp_path, 8)[0] == {"input_ids": [0, 200_000, 7, 0], "starts": [0, 3], "source": "a"}
 
 
@@ -194,8 +194,14 @@ def test_a_shard_that_changed_is_named(tmp_path):
 def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
     write_split(tmp_path)
     verify(tmp_path)
-    monkeypatch.setattr("data.hash_file", lambda path: pytest.fail(f"{path} read again"))
+    hashed = []
+    monkeypatch.setattr("data.hash_file", lambda path: hashed.append(path.name))
     verify(tmp_path)
+    assert hashed == []
+    os.utime(tmp_path / "news-00001.bin")  # perhaps another file by now
+    with pytest.raises(UserError, match="news-00001.bin: changed since"):
+        verify(tmp_path)
+    assert hashed == ["news-00001.bin"]
 
 
 def test_a_folder_that_was_not_prepared_is_refused(tmp_path):
@@ -215,7 +221,7 @@ def test_memory_stays_flat_over_shards_larger_than_it(tmp_path):
     block = np.random.default_rng(0).integers(3, 60_000, 1 << 22)
     for _ in range(16):
         writer.add(block, np.array([len(block)]), 0, 0)
-    write_manifest(tmp_path, [writer], 60_000, "hash")
+    write_manifest(tmp_path, [writer], "uint16", EOS, 60_000, "hash")
     windows = Windows(tmp_path, 512, 0)
     process = psutil.Process()
     windows[0]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import bigram
 from bigram import DISCOUNT, count_bigrams, draw_contexts, enter_at_zero, mix_bigrams, start_as_bigram_model
 from conftest import STEPS, TINY, TRAIN, VALIDATION, build_tokenizer, prepare_texts
+from prepare import prepare, read_flags
 from rows import UserError
 from tiny import CONFIGS, build_config
 
@@ -213,7 +214,10 @@ def test_table_and_head_have_rates_of_their_own(scratch_folder, prepared, tmp_pa
 
 
 def test_nothing_held_out_is_nothing_to_measure(tmp_path, monkeypatch):
-    folder = prepare_texts(tmp_path / "my_prepared", TRAIN, {"news": []})
+    folder, corpus, tokenizer = (str(tmp_path / name) for name in ("my_prepared", "my_corpus.txt", "my_tokenizer"))
+    build_tokenizer(tokenizer)
+    (tmp_path / "my_corpus.txt").write_text("\n\n".join(TRAIN["news"]), encoding="utf-8")
+    prepare(read_flags([corpus, folder, "--tokenizer", tokenizer, "--validation_split", "0", "--data_proc_num", "1"]))
     flags = [*TINY.split(), *STEPS.split(), "--bigram_start", "false", "--eval_strategy", "epoch"]
     train(monkeypatch, tmp_path / "out", folder, *flags)
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
