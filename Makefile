@@ -35,6 +35,8 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd baichuan2_dpo && $(PYTEST) tests/test_page.py
 	$(ACTIVATE) && cd model_clm && $(PYTEST) tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd model_clm && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd chinese_clip_ddp && $(PYTEST) tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd chinese_clip_ddp && $(PYTEST) tests/test_page.py
 
 # Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
 newest: .venv-newest/ready
@@ -69,6 +71,13 @@ defaults: .venv/test .venv-verl/ready
 	python3 tests/check_results.py baichuan2_dpo/output_zero2/train_results.json "after['right/rewards/accuracies'] > 0.58"
 	$(ACTIVATE) && bash model_clm/train_zero2.sh --overwrite_output_dir true
 	python3 tests/check_results.py model_clm/output_zero2/train_results.json "locals()['eval_news/bits_per_byte_after'] < 2.1"
+	$(ACTIVATE) && bash chinese_clip_ddp/train_ddp_text_image.sh --overwrite_output_dir true
+	for metric in scenes/i2t_r1 scenes/t2i_r1; do python3 tests/check_results.py chinese_clip_ddp/output/train_results.json \
+		"after['eval_$$metric'] >= 0.97" || exit 1; done
+	for kind in colour form size count place; do python3 tests/check_results.py chinese_clip_ddp/output/train_results.json \
+		"after['eval_pairs/choices_$$kind'] >= 0.95" || exit 1; done
+	python3 tests/check_results.py chinese_clip_ddp/output/train_results.json "after['eval_emojis/i2t_r10'] >= 0.32"
+	python3 tests/check_results.py chinese_clip_ddp/output/train_results.json "after['eval_emojis_seen/i2t_r1'] >= 0.8"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
@@ -85,6 +94,8 @@ notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py baichuan2_dpo
 	$(ACTIVATE) && bash model_clm/train_zero2.sh
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py model_clm
+	$(ACTIVATE) && bash chinese_clip_ddp/train_ddp_text_image.sh
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_clip_ddp
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
@@ -93,6 +104,7 @@ bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_sft.py --model bloom
 	$(ACTIVATE) && python benchmarks/bench_dpo.py
 	$(ACTIVATE) && python benchmarks/bench_clm.py
+	$(ACTIVATE) && python benchmarks/bench_clip.py
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
 	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 

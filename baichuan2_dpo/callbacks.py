@@ -53,11 +53,11 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class SpeedProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss and the tokens per second beside the remaining time."""
+    """The Trainer's progress bar, with the loss and the tokens, or pairs, per second beside the remaining time."""
 
-    def __init__(self, tokens_per_epoch: int):
+    def __init__(self, units_per_epoch: int, unit: str = "tokens"):
         super().__init__()
-        self.tokens_per_epoch = tokens_per_epoch
+        self.units_per_epoch, self.unit = units_per_epoch, unit
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -67,8 +67,8 @@ class SpeedProgress(ProgressCallback):
         if self.training_bar is None:
             return
         if "loss" in logs:
-            tokens = (state.epoch - self.start_epoch) * self.tokens_per_epoch
-            speed = tokens / (time.time() - self.start)
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
+            units = (state.epoch - self.start_epoch) * self.units_per_epoch
+            speed = units / (time.time() - self.start)
+            self.training_bar.set_postfix({"loss": f"{logs['loss']:.3f}", f"{self.unit}_per_s": f"{speed:,.0f}"})
         elif "eval_loss" in logs:
             self.training_bar.write(f"epoch {state.epoch or 0:5.2f}   validation loss {logs['eval_loss']:.4f}")
