@@ -51,6 +51,11 @@ def main() -> None:
         found = list_mirror(sys.argv[1]) if len(sys.argv) == 2 else list_hub(*sys.argv[1:])
         for _, _, path in found:
             check_path(path)
+    except httpx.TransportError as error:
+        sys.exit(
+            f"error: {error.request.url.host} can't be reached ({error}). Check the network and the proxy, or name a "
+            "mirror by HF_ENDPOINT, such as https://hf-mirror.com"
+        )
     except (httpx.HTTPError, UserError, ValueError) as error:
         sys.exit(f"error: {error}")
     for line in found:

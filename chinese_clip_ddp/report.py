@@ -87,7 +87,7 @@ def save_report(trainer, summary: dict, seconds: float, steps: int) -> dict:
         if args.load_best_model_at_end and trainer.state.best_global_step:
             after = next(entry for entry in validation if entry["step"] == trainer.state.best_global_step)
         results |= {
-            "mean_recall_best": max(entry["eval_mean_recall"] for entry in validation),
+            "mean_recall_best": max(entry["eval_mean_recall"] for entry in validation if entry["step"] > 0),
             "best_checkpoint": trainer.state.best_model_checkpoint,
             "before": {name: value for name, value in before.items() if name.startswith("eval_")},
             "after": {name: value for name, value in after.items() if name.startswith("eval_")},

@@ -123,6 +123,8 @@ class ImageFolder:
         for folder in folders:
             if os.path.normpath(name) in (members := self.tar_members(folder)):
                 return members[os.path.normpath(name)]
+        if "\\" in name:  # as Windows writes paths
+            return self.find(name.replace("\\", "/"), table)
         raise ImageNotFound(f"there is no image {name}; looked in {', '.join(places)}, and in the tars there", name)
 
     @functools.lru_cache  # noqa: B019  (it lives as long as one reading of the rows)

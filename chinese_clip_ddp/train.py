@@ -44,7 +44,7 @@ from model import (
     load_vision_tower,
 )
 from report import print_results, print_run_summary, save_report
-from rows import UserError
+from rows import UserError, find_files
 from tiny import tiny_model_folder
 from trainer import CLIPProgress, CLIPTrainer, start_logit_bias
 from zero import without_zero3
@@ -176,6 +176,7 @@ def train(model_args, data_args, args) -> None:
     model_name = model_args.model_name_or_path or (
         f"{model_args.image_model_name_or_path} + {model_args.text_model_name_or_path}"
     )
+    find_files(data_args.data_path)  # says that there are none before a hub is asked for a model
     if model_name == "tiny":
         model_args.model_name_or_path = tiny_model_folder(data_args.data_path, data_args.language)
     tokenizer, image_processor = load_processors_of(model_args, data_args)

@@ -118,6 +118,8 @@ def test_a_folder_of_any_server_by_its_checksums(server, tmp_path):
 def test_what_is_not_there_and_names_that_lead_outside(server, tmp_path):
     found = run("dl_model.sh", "me/none", tmp_path / "my", HF_ENDPOINT=server.address)
     assert found.returncode == 1 and "404" in found.stderr and "Traceback" not in found.stderr
+    found = run("dl_model.sh", "me/it", tmp_path / "my", HF_ENDPOINT="http://127.0.0.1:9")  # where nothing listens
+    assert found.returncode == 1 and "127.0.0.1 can't be reached" in found.stderr and "HF_ENDPOINT" in found.stderr
     for path in ("../evil", "/etc/evil", "a/../../evil", "a\nb"):
         with pytest.raises(UserError, match="outside of the folder"):
             check_path(path)

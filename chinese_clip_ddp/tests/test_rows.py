@@ -74,10 +74,10 @@ def test_choices_and_kind(folder):
 
 def test_tables_of_excel(folder):
     for name, tab in (("t.csv", ","), ("t.tsv", "\t")):
-        lines = [tab.join(cells) for cells in (("image", "text"), ("a.jpg", "红色的箭头"), ("b.jpg", ""))]
+        lines = [tab.join(cells) for cells in (("image", "text"), ("deep\\c.d.jpg", "红色的箭头"), ("b.jpg", ""))]
         (folder / name).write_bytes("\r\n".join(lines).encode("gb18030"))
     rows = read(folder)
-    assert texts(rows) == [("a.jpg", "红色的箭头")] * 2
+    assert texts(rows) == [("deep\\c.d.jpg", "红色的箭头")] * 2
     assert errors(rows, folder)[1].startswith("t.tsv:3: no caption: none of zh_prompt, text, caption")
 
 
