@@ -80,7 +80,7 @@ def main():
     options = parser.parse_args()
     columns = (options.text_column, options.label_column)
     shares = {"validation": 0.1, "test": 0.1}
-    tables, _ = load_tables(options.data_path, columns, shares, options.seed)
+    tables, *_ = load_tables(options.data_path, columns, shares, options.seed)
     model = build_baseline().fit(tables["train"].text, tables["train"].label)
     for name, table in list(tables.items())[1:]:
         predicted = model.predict(table.text)

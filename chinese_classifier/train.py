@@ -202,14 +202,14 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
         raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
 
 
-def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
-    """The texts and labels of each part, the classes by their numbers, and the rows that were removed.
+def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]:
+    """The texts and labels of each part, the classes by their numbers, the rows that were removed, and what to say.
 
     Raises:
         UserError: the tables can't be learned from, or a flag needs validation rows and there are none.
     """
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
-    tables, removed = load_tables(
+    tables, removed, notes = load_tables(
         data_args.data_path,
         (data_args.text_column, data_args.label_column),
         {name: 0.1 if share is None else share for name, share in shares.items()},
@@ -223,7 +223,7 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
                 "--validation_split or --eval_data_path."
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed
+    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed, notes
 
 
 def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label: dict[int, str]):
@@ -285,7 +285,7 @@ def train(model_args, data_args, args) -> None:
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
 
-    tables, id2label, removed = load_data(data_args, args)
+    tables, id2label, removed, notes = load_data(data_args, args)
     model_name = model_args.model_name_or_path
     tokenizer, model = load_tokenizer_and_model(model_args, data_args, args, tables, id2label)
     splits = {name: encode_table(table, model.config.label2id, tokenizer) for name, table in tables.items()}
@@ -317,7 +317,7 @@ def train(model_args, data_args, args) -> None:
         save_removed(removed, Path(args.output_dir))
         if tokenizer.model_max_length < data_args.model_max_length:
             messages.append(f"the model has positions for {tokenizer.model_max_length} tokens of a text, no more")
-        notes = [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
+        notes += [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
         print_run_summary(trainer, tokenizer, model_name, splits, tables, notes)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts
