@@ -10,9 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from baseline import score_baseline
 from data import column
+from rows import write_csv
 
 SUSPICIOUS_ROWS = 50
+MAX_PICTURED = 200  # classes: the picture grows with their square
+MAX_BASELINE = 1_000_000  # training rows times classes; so many take minutes
 
 
 def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables: dict, notes: list[str]) -> None:
@@ -61,9 +65,9 @@ def padding_as_they_come(lengths: np.ndarray, args) -> float:
 
 
 def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
-    """Precision, recall, F1 and rows of each class, the worst F1 first."""
+    """Precision, recall, F1 and rows of each class, the worst F1 first; classes that have no row at the end."""
     table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
-    return table.astype({"support": int}).sort_values("f1")
+    return table.sort_values("f1", key=lambda f1: f1.where(table.support > 0, 2))
 
 
 def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int, str], split: str) -> pd.DataFrame:
@@ -92,10 +96,8 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     Returns:
         What train_results.json holds.
     """
-    args = trainer.args
-    history = trainer.state.log_history
+    args, history, config = trainer.args, trainer.state.log_history, trainer.model.config
     folder = Path(args.output_dir)
-    id2label = trainer.model.config.id2label
     results = {
         "steps": trainer.state.global_step,
         "train_loss": mean_train_loss(history),
@@ -105,19 +107,27 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     }
     first = next((entry for entry in history if "eval_loss" in entry), {})
     results |= {f"validation_{name}_before": first[f"eval_{name}"] for name in ("loss", "accuracy") if first}
-    suspicious = []
+    compared, suspicious = compare_with_baseline(tables, config.num_labels), []
     for split, logits in predictions.items():
-        labels = np.array([trainer.model.config.label2id[label] for label in tables[split].label])
+        labels = np.array([config.label2id[label] for label in tables[split].label])
         scores = trainer.measure(logits, labels)
         results |= {f"{split}_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
-        suspicious.append(suspicious_rows(tables[split], logits, id2label, split))
+        results |= {
+            f"{split}_{name}_of_baseline": compared[split][name] for name in ("accuracy", "macro_f1") if compared
+        }
+        suspicious.append(suspicious_rows(tables[split], logits, config.id2label, split))
     if predictions:  # the last part: the test rows where there are any
-        table = per_class_table(scores, id2label)
-        table.to_csv(folder / "per_class.csv", encoding="utf-8-sig")
+        table = per_class_table(scores, config.id2label)
+        write_csv(table.reset_index(), folder / "per_class.csv")
         print(f"{split} rows by class, the worst first:\n{table.to_string(float_format='%.3f')}")
-        plot_confusion(scores["confusion_matrix"], list(id2label.values())).savefig(folder / "confusion.png", dpi=120)
-        rows = pd.concat(suspicious).sort_values("probability", ascending=False).head(SUSPICIOUS_ROWS)
-        rows.to_csv(folder / "suspicious_rows.csv", index=False, encoding="utf-8-sig")
+        if len(unseen := table.index[table.support == 0]):
+            print(f"classes without a {split} row, which macro-F1 leaves out: {', '.join(unseen)}")
+        if config.num_labels <= MAX_PICTURED:
+            plot_confusion(labels, logits.argmax(1), list(config.id2label.values())).savefig(
+                folder / "confusion.png", dpi=120
+            )
+        rows = pd.concat(suspicious).sort_values("probability", ascending=False)
+        write_csv(rows.head(SUSPICIOUS_ROWS), folder / "suspicious_rows.csv")
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:
@@ -127,27 +137,32 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     return results
 
 
+def compare_with_baseline(tables: dict, num_labels: int) -> dict[str, dict]:
+    """`score_baseline`, unless there is nothing to score, or it would take many minutes."""
+    if len(tables) == 1 or len(tables["train"]) * num_labels > MAX_BASELINE:
+        return {}
+    return score_baseline(tables)
+
+
 def plot_loss(history: list[dict]):
     """The training and validation loss by step, and the validation accuracy, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    table = pd.DataFrame(history).set_index("step")
     curves = (
         (left, "loss", "training", "-"),
         (left, "eval_loss", "validation", "o-"),
         (right, "eval_accuracy", "", "o-"),
     )
     for axes, key, label, style in curves:
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    left.set(xlabel="step", ylabel="loss (nats per row)")
-    right.set(xlabel="step", ylabel="validation accuracy")
-    for axes in (left, right):
+        if key in table:
+            axes.plot(table[key].dropna(), style, label=label, markersize=4)
         axes.grid(alpha=0.3)
-    if left.lines:
-        left.legend()
+    left.set(xlabel="step", ylabel="loss (nats per row)")
+    left.legend()
+    right.set(xlabel="step", ylabel="validation accuracy")
     return figure
 
 
@@ -161,28 +176,30 @@ def find_chinese_font():
     return font_manager.FontProperties(fname=file) if file else None
 
 
-def plot_confusion(matrix: list[list[int]], labels: list[str]):
+def plot_confusion(labels: np.ndarray, predicted: np.ndarray, names: list[str]):
     """How many rows of each class (down) were taken for each class (across), as a matplotlib figure.
 
     The colour is the share of the row's class. Without a Chinese font the classes have their numbers.
+
+    Args:
+        labels, predicted: the classes' numbers, shape (rows,); names: of the classes, by their numbers.
     """
     from matplotlib.figure import Figure
+    from sklearn.metrics import confusion_matrix
 
     font = find_chinese_font()
-    names = labels if font or all(map(str.isascii, labels)) else range(len(labels))
-    counts = np.array(matrix)
-    size = min(2.5 + 0.6 * len(labels), 40)
+    names = names if font or all(map(str.isascii, names)) else range(len(names))
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    size = min(2.5 + 0.6 * len(names), 40)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    share = counts / counts.sum(1, keepdims=True).clip(1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column_index), count in np.ndenumerate(counts) if len(labels) <= 40 else ():  # more can't be read
-        color = "white" if share[row, column_index] > 0.5 else "black"
-        axes.text(column_index, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), names)
-    for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        tick.set_fontproperties(font)
+    for (row, place), count in np.ndenumerate(counts) if len(names) <= 40 else ():  # more can't be read
+        color = "white" if share[row, place] > 0.5 else "black"
+        axes.text(place, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontproperties=font)
+    axes.set_yticks(range(len(names)), names, fontproperties=font)
     axes.set(xlabel="predicted", ylabel="label")
     figure.colorbar(image, label="share of the class")
     return figure
