@@ -66,8 +66,11 @@ def main():
     options = parser.parse_args()
     columns, shares = (options.text_column, options.label_column), {"validation": 0.1, "test": 0.1}
     tables, *_ = load_tables(options.data_path, columns, shares, options.seed)
+    labels = np.array(sort_labels(tables["train"].label))
     for name, scores in score_baseline(tables).items():
-        print(f"{name:<11} accuracy {scores['accuracy']:.4f}   macro-F1 {scores['macro_f1']:.4f}")
+        unseen = ", ".join(labels[scores["per_class"]["support"] == 0])
+        without = f"   (without {unseen}, of which there is no row)" if unseen else ""
+        print(f"{name:<11} accuracy {scores['accuracy']:.4f}   macro-F1 {scores['macro_f1']:.4f}{without}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     }
     first = next((entry for entry in history if "eval_loss" in entry), {})
     results |= {f"validation_{name}_before": first[f"eval_{name}"] for name in ("loss", "accuracy") if first}
-    compared, suspicious = compare_with_baseline(tables, config.num_labels), []
+    is_quick = len(tables["train"]) * config.num_labels <= MAX_BASELINE
+    compared, suspicious = score_baseline(tables) if predictions and is_quick else {}, []
     for split, logits in predictions.items():
         labels = np.array([config.label2id[label] for label in tables[split].label])
         scores = trainer.measure(logits, labels)
@@ -135,13 +136,6 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     (folder / "train_results.json").write_text(json.dumps(results, indent=2))
     plot_loss(history).savefig(folder / "loss.png", dpi=120)
     return results
-
-
-def compare_with_baseline(tables: dict, num_labels: int) -> dict[str, dict]:
-    """`score_baseline`, unless there is nothing to score, or it would take many minutes."""
-    if len(tables) == 1 or len(tables["train"]) * num_labels > MAX_BASELINE:
-        return {}
-    return score_baseline(tables)
 
 
 def plot_loss(history: list[dict]):

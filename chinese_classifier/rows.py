@@ -121,7 +121,9 @@ def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tup
             lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
             table = [(number, line.split("\t")) for number, line in lines if line]
         else:
-            delimiter = find_delimiter(file.readline(), columns[0])
+            names = file.readline()
+            marks = [mark for mark in ",\t;" if columns[0] in [name.strip(' "\r\n') for name in names.split(mark)]]
+            delimiter = next((mark for mark in marks if mark in names), ",")
             file.seek(0)
             table = read_quoted(path, csv.reader(file, delimiter=delimiter, strict=True))
     header = [name.strip() for name in table[0][1]] if table else []
@@ -195,39 +197,23 @@ def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
         UserError: see `read_cells`.
     """
     header, rows = read_cells(path, (text_column, label_column))
-    places = (header.index(text_column), header.index(label_column))
+    text_place, label_place, width = header.index(text_column), header.index(label_column), len(header)
     table = []
     for line, cells in rows:
-        text, label, reason = check_cells(cells, len(header), *places)
+        text = cells[text_place].strip() if len(cells) == width else ""
+        label = clean_label(cells[label_place]) if len(cells) == width else ""
+        reason = "" if text and label else "empty label" if text else "empty text"
+        if len(cells) != width:
+            reason = f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
+        elif len(text) > MAX_CHARACTERS:
+            text, reason = text[:100], f"too long a cell: {len(text)} characters; is a quote missing?"
         table.append((text, label, f"{path}:{line}", reason))
     return pd.DataFrame(table, columns=COLUMNS)
-
-
-def find_delimiter(header: str, text_column: str) -> str:
-    """Comma, tab or semicolon: the one between which the text column's name stands, else the comma."""
-    for delimiter in ",\t;":
-        if text_column in [name.strip().strip('"') for name in header.split(delimiter)] and delimiter in header:
-            return delimiter
-    return ","
 
 
 def clean_label(label: str) -> str:
     """Without space around it; Excel's 1.0 is the label 1."""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", label.strip())
-
-
-def check_cells(cells: list[str], width: int, text_place: int, label_place: int) -> tuple[str, str, str]:
-    """Text, label and what is wrong with a row, if anything."""
-    if len(cells) != width:
-        return "", "", f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
-    text, label = cells[text_place].strip(), clean_label(cells[label_place])
-    if not text:
-        return text, label, "empty text"
-    if not label:
-        return text, label, "empty label"
-    if len(text) > MAX_CHARACTERS:
-        return text[:100], label, f"too long a cell: {len(text)} characters; is a quote missing?"
-    return text, label, ""
 
 
 def sort_labels(labels) -> list[str]:

@@ -22,14 +22,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import IntervalStrategy, ProgressCallback, set_seed
 
 from callbacks import EarlyStopping, SpeedProgress
-from checkpoint import (
-    explain_write_errors,
-    find_checkpoint,
-    hash_model_files,
-    lock_output_dir,
-    share_weights,
-    step_of,
-)
+from checkpoint import explain_write_errors, find_checkpoint, hash_model_files, lock_output_dir, share_weights, step_of
 from data import column, encode_table, hash_table
 from flags import parse_flags
 from model import count_positions, load_model, load_tokenizer
@@ -55,12 +48,8 @@ NOT_TAKEN = {
 
 
 def flag(default, help: str):
-    """A field of a dataclass whose instance is parsed from flags."""
-    return (
-        field(default_factory=lambda: list(default), metadata={"help": help})
-        if isinstance(default, list)
-        else field(default=default, metadata={"help": help})
-    )
+    """A field of a dataclass that is parsed from flags."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -70,12 +59,10 @@ class ModelArguments:
     lora_r: int = flag(8, "Rank of the adapters. Raise it for a task far from the base.")
     lora_alpha: int = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.1, "Dropout on the adapters' input; 0 for much data.")
-    target_modules: list[str] = flag(
-        ["all-linear"], "Layers that get an adapter, e.g. query value. Fewer need less memory."
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get an adapter, e.g. query value."}
     )
-    attn_implementation: str | None = flag(
-        None, "eager, sdpa, flash_attention_2; by default the fastest that there is."
-    )
+    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2; by default the fastest there is.")
     trust_remote_code: bool = flag(False, "Run the Python code that comes with the model. Only if you have read it.")
 
 
@@ -86,9 +73,7 @@ class DataArguments:
     label_column: str = flag("label", "Column of the labels: words or numbers.")
     eval_data_path: str | None = flag(None, "Validation rows; without it validation_split is cut off the data.")
     test_data_path: str | None = flag(None, "Test rows; without it test_split is cut off the data.")
-    validation_split: float | None = flag(
-        None, "Share of the rows to validate on, in contiguous blocks; 0.1 unless given."
-    )
+    validation_split: float | None = flag(None, "Share of the rows to validate on, in blocks; 0.1 unless given.")
     test_split: float | None = flag(None, "Share of the rows to test on at the end; 0.1 unless given, 0 for none.")
     model_max_length: int = flag(256, "Tokens of a text; a longer one is cut at its end. Raise it for long texts.")
 
@@ -104,7 +89,6 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     per_device_eval_batch_size: int = flag(128, "The same, where nothing is trained.")
     learning_rate: float = flag(3e-5, "2e-5 to 5e-5 for all weights, 2e-4 for LoRA.")
-    lr_scheduler_type: str = flag("linear", "How the learning rate falls.")
     warmup_steps: float = flag(0.1, "Steps, or below 1 the share of all steps.")
     weight_decay: float = flag(0.01, "Raise it where the validation loss rises.")
     logging_steps: float = flag(10, "Steps between two points of the loss curve.")
@@ -176,11 +160,7 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
 
 
 def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]:
-    """The texts and labels of each part, the classes by their numbers, the rows that were removed, and what to say.
-
-    Raises:
-        UserError: the tables can't be learned from, or a flag needs validation rows and there are none.
-    """
+    """The texts and labels of each part, the classes by their numbers, the rows that were removed, and what to say."""
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
     tables, removed, notes = load_tables(
         data_args.data_path,
