@@ -33,19 +33,14 @@ from rows import UserError
 
 router = APIRouter()
 log = logging.getLogger("uvicorn.error")
-TEXTS_SCHEMA = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-BODY_SCHEMA = {
-    "type": "object",
-    "required": ["texts"],
-    "additionalProperties": False,
-    "properties": {"texts": TEXTS_SCHEMA},
-}
 
 
 class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     texts: Annotated[
-        list[str], Field(min_length=1), BeforeValidator(lambda text: [text] if isinstance(text, str) else text)
+        list[str],
+        Field(min_length=1, description="a single text needs no list"),
+        BeforeValidator(lambda text: [text] if isinstance(text, str) else text),
     ]
 
 
@@ -166,7 +161,7 @@ async def classify_waiting(state) -> None:
 @router.post(
     "/classify",
     dependencies=[Depends(check_key), Depends(HTTPBearer(auto_error=False))],
-    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY_SCHEMA}}}},
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": ClassifyRequest.model_json_schema()}}}},
 )
 async def classify(request: Request) -> ClassifyAnswer:
     state = request.app.state

@@ -21,7 +21,6 @@ from rows import COLUMNS, UserError, clean_splits, doubt_labels, list_files, rea
 
 SPLITS = ("train", "validation", "test")
 NAMES = {"train": "train|training", "validation": "valid|validation|val|dev|eval", "test": "test|testing"}
-SETS = ("reviews", "words")
 RECORD = ".prepared.json"  # name -> SHA-256 of what was written into a folder
 
 
@@ -56,6 +55,9 @@ def read_words() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+SETS = {"reviews": read_reviews, "words": read_words}
+
+
 def load_tables(
     data_path: str,
     columns: tuple[str, str],
@@ -80,10 +82,10 @@ def load_tables(
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise UserError(f"the validation and test shares have to be 0 or more, and less than 1 together: {shares}")
     files, notes = find_splits(data_path, {name: path for name, path in (own_paths or {}).items() if path})
-    raw = {
-        name: pd.concat([read_any(path, *columns) for path in paths], ignore_index=True)
-        for name, paths in files.items()
-    }
+    raw = {}
+    for name, paths in files.items():
+        tables = [SETS[path]() if path in SETS else read_table(path, *columns) for path in paths]
+        raw[name] = pd.concat(tables, ignore_index=True)
     splits, removed = clean_splits(raw)
     check_removed(sum(map(len, raw.values())), removed, data_path)
     for name, rows in splits.items():
@@ -99,13 +101,6 @@ def load_tables(
         notes.append(f"no row is left of the classes {', '.join(vanished)}: removed.csv says why")
     notes += doubt_labels(splits["train"].label)
     return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed, notes
-
-
-def read_any(path: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """The rows of a file, or of one of the two sets that packages bring."""
-    if path in SETS:
-        return read_reviews() if path == "reviews" else read_words()
-    return read_table(path, text_column, label_column)
 
 
 def find_splits(data_path: str, own_paths: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:

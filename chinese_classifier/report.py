@@ -171,29 +171,24 @@ def find_chinese_font():
 
 
 def plot_confusion(labels: np.ndarray, predicted: np.ndarray, names: list[str]):
-    """How many rows of each class (down) were taken for each class (across), as a matplotlib figure.
+    """The share of each class's rows (down) that was taken for each class (across), as a matplotlib figure.
 
-    The colour is the share of the row's class. Without a Chinese font the classes have their numbers.
+    Without a Chinese font the classes have their numbers.
 
     Args:
         labels, predicted: the classes' numbers, shape (rows,); names: of the classes, by their numbers.
     """
     from matplotlib.figure import Figure
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    font = find_chinese_font()
-    names = names if font or all(map(str.isascii, names)) else range(len(names))
-    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    size = min(2.5 + 0.6 * len(names), 40)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, place), count in np.ndenumerate(counts) if len(names) <= 40 else ():  # more can't be read
-        color = "white" if share[row, place] > 0.5 else "black"
-        axes.text(place, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontproperties=font)
-    axes.set_yticks(range(len(names)), names, fontproperties=font)
+    font, count = find_chinese_font(), len(names)
+    names = names if font or all(map(str.isascii, names)) else range(count)
+    share = confusion_matrix(labels, predicted, labels=range(count), normalize="true")
+    size = min(2.5 + 0.6 * count, 40)
+    axes = Figure(figsize=(size + 1, size), layout="constrained").subplots()
+    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "values_format": ".2f", "xticks_rotation": 45}
+    ConfusionMatrixDisplay(share, display_labels=names).plot(ax=axes, include_values=count <= 40, **style)
     axes.set(xlabel="predicted", ylabel="label")
-    figure.colorbar(image, label="share of the class")
-    return figure
+    for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        tick.set_fontproperties(font)
+    return axes.figure

@@ -83,7 +83,7 @@ def build_tiny_model(texts: list[str], id2label: dict[int, str], folder: str) ->
         num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=512,
-        embedding_dropout=0.3,
+        embedding_dropout=0.5,
         mlp_dropout=0.1,
         classifier_dropout=0.3,
         classifier_pooling="mean",

@@ -138,9 +138,8 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
 
 def refuse_flags_without_effect(model_args, data_args, args) -> None:
     """Raises UserError for a flag that would change nothing here, or not what its name says."""
-    defaults = ModelArguments()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
-        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
+        if not model_args.use_lora and getattr(model_args, name) != getattr(ModelArguments(), name):
             raise UserError(f"--{name} has no effect without --use_lora true.")
     for name, reason in NOT_TAKEN.items():
         if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
@@ -151,12 +150,12 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         name = "num_train_epochs" if args.max_steps else "max_steps"
         raise UserError(f"--{name} {getattr(args, name):g}: nothing would be trained.")
-    if args.class_weights not in ("none", "balanced"):
-        raise UserError(f"--class_weights {args.class_weights}: none or balanced.")
     if args.early_stopping_patience is not None and args.eval_strategy == IntervalStrategy.NO:
         raise UserError("--early_stopping_patience has no effect with --eval_strategy no.")
-    if args.metric_for_best_model not in ("macro_f1", "accuracy", "loss"):
-        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
+    choices = {"class_weights": ("none", "balanced"), "metric_for_best_model": ("macro_f1", "accuracy", "loss")}
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"--{name} {getattr(args, name)}: is none of {', '.join(known)}.")
 
 
 def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]:
