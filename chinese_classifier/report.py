@@ -47,7 +47,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
         f"rows        {', '.join(f'{len(rows):,} {name}' for name, rows in splits.items())}",
         f"classes     {labels}",
         f"tokens      {lengths.sum():,} an epoch, {lengths.max()} in the longest row",
-        f"padding     {padding:.1%} (as the rows come it would be {padding_as_they_come(lengths, args):.0%})",
+        f"padding     {padding:.1%}",
         f"steps       {steps:,} of about {args.per_device_train_batch_size} rows x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",
@@ -55,13 +55,6 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
         f"first row   {tables['train'].label[0]}: {tokenizer.decode(first)}",
     ]
     print("\n".join(lines), flush=True)
-
-
-def padding_as_they_come(lengths: np.ndarray, args) -> float:
-    """The share of padding in batches of rows in random order, each padded to its longest."""
-    order = np.random.default_rng(args.seed).permutation(lengths)
-    batches = np.array_split(order, math.ceil(len(order) / args.per_device_train_batch_size))
-    return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)
 
 
 def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:

@@ -81,11 +81,14 @@ def check_encoding(path: str) -> str:
         UserError: neither; lines of UTF-8 in GB18030, which would become other characters, mostly without an error
             (the other way round, a character or two at most pass); Big5, which shows in characters that no text has.
     """
-    kinds = {}  # is UTF-8 -> first such line; a few characters alone don't tell
-    data = Path(path).read_bytes()
+    try:
+        encoding, unreadable = detect_encoding(path)[0], None
+    except UserError as error:
+        encoding, unreadable = "", error
+    if encoding == "utf-8-sig":
+        return encoding
+    data, kinds = Path(path).read_bytes(), {}  # is UTF-8 -> first such line; a few characters alone don't tell
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.isascii():
-            continue
         try:
             if len(re.findall("[\u4e00-\u9fff]", line.decode("utf-8"))) > 2:
                 kinds.setdefault(True, number)
@@ -96,10 +99,12 @@ def check_encoding(path: str) -> str:
             f"{path}: two encodings in one file, GB18030 in line {kinds[False]} and UTF-8 in line {kinds[True]}. "
             "Save each part as UTF-8 and join them again."
         )
-    encoding, _ = detect_encoding(path)
-    private = re.search("[\ue000-\uf8ff]", data.decode(encoding)) if encoding == "gb18030" else None
-    if private and data.decode("big5hkscs", "ignore").encode("big5hkscs") == data:
-        raise UserError(f"{path}: looks like Big5, which can't be told from GB18030 for sure. Save the file as UTF-8.")
+    if unreadable:
+        raise unreadable
+    text = data.decode(encoding)
+    if private := re.search("[\ue000-\uf8ff]", text):
+        line = text.count("\n", 0, private.start()) + 1
+        raise UserError(f"{path}:{line}: not UTF-8, nor Chinese as GB18030: probably Big5. Save the file as UTF-8.")
     return encoding
 
 
