@@ -109,6 +109,8 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
         results |= {
             f"{split}_{name}_of_baseline": compared[split][name] for name in ("accuracy", "macro_f1") if compared
         }
+        beside = f"   the linear model beside it {compared[split]['accuracy']:.4f}" if compared else ""
+        print(f"{split:<11} accuracy {scores['accuracy']:.4f}{beside}")
         suspicious.append(suspicious_rows(tables[split], logits, config.id2label, split))
     if predictions:  # the last part: the test rows where there are any
         table = per_class_table(scores, config.id2label)
