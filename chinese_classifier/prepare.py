@@ -103,11 +103,19 @@ def load_tables(
     return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed, notes
 
 
+def find_part(path: Path) -> str:
+    """The part that a table's name says, or its folder's, in any case: Train.csv, dev_data.tsv, test/1.csv; else ""."""
+    for name in (path.stem, *(folder.name for folder in path.parents)):
+        for part, names in NAMES.items():
+            if re.fullmatch(f"({names})([-_ .]?(data|set))?", name, re.IGNORECASE):
+                return part
+    return ""
+
+
 def find_splits(data_path: str, own_paths: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
     """Part -> its tables, in the order of SPLITS, and a line for each part that says which these are.
 
-    Tables are told by their name, or their folder's, in any case: Train.csv, dev_data.tsv, test/1.csv. Where none has
-    such a name, all are "train", to be cut.
+    In a folder they are told by their names; where none has such a name, all are "train", to be cut.
 
     Args:
         own_paths: part -> a table or a folder of them, whatever their names.
@@ -115,37 +123,27 @@ def find_splits(data_path: str, own_paths: dict[str, str]) -> tuple[dict[str, li
     Raises:
         UserError: there are such names, but no train, or another table, which would be left out.
     """
-    files, notes = {}, []
+    files, notes, is_folder = {}, [], Path(data_path).is_dir()
     for path in [data_path] if data_path in SETS else list_files(data_path):
-        names = [Path(path).stem, *(folder.name for folder in Path(path).relative_to(data_path).parents)]
-        parts = [
-            part
-            for name in names
-            for part, some in NAMES.items()
-            if re.fullmatch(f"({some})([-_ .]?(data|set))?", name, re.I)
-        ]
-        if Path(path).name == "removed.csv" and Path(data_path).is_dir():
+        if is_folder and Path(path).name == "removed.csv":
             notes.append(f"left out: {path}, rows that an earlier run took out")
         else:
-            files.setdefault((parts or ["other"])[0] if Path(data_path).is_dir() else "train", []).append(path)
-    others = files.pop("other", [])
-    if not files:
-        files["train"] = others
-    elif others or "train" not in files:
+            files.setdefault(find_part(Path(path).relative_to(data_path)) if is_folder else "train", []).append(path)
+    if files.keys() <= {""}:
+        files = {"train": files.get("", [])}
+    named = ", ".join(path for part, some in files.items() if part for path in some)
+    advice = "Name the tables train, validation and test, or give them by --eval_data_path and --test_data_path."
+    if not files.get("train"):
+        raise UserError(f"{data_path}: no table is named train{f', beside {named}' if named else ''}. {advice}")
+    if "" in files:
         raise UserError(
-            f"{data_path}: {', '.join(sum(files.values(), []))} {'is' if len(files) == 1 else 'are'} named as a split, "
-            + (
-                f"{', '.join(others)} is not, and would be left out."
-                if "train" in files
-                else "but no table is named train."
-            )
-            + " Name the tables train, validation and test, or give them by --eval_data_path and --test_data_path."
+            f"{data_path}: beside {named} there is {', '.join(files[''])}, which would be left out. {advice}"
         )
     for name, path in own_paths.items():
         if name in files:
             notes.append(f"left out: {', '.join(files[name])}, for {path}")
         files[name] = list_files(path)
-    if own_paths or Path(data_path).is_dir():
+    if own_paths or is_folder:
         more = {name: f" and {len(some) - 5} more" if len(some) > 5 else "" for name, some in files.items()}
         notes += [f"{name} rows: {', '.join(files[name][:5])}{more[name]}" for name in SPLITS if name in files]
     return {name: files[name] for name in SPLITS if name in files}, notes

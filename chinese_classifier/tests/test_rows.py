@@ -291,7 +291,7 @@ def test_a_split_is_known_by_its_names_and_every_table_is_named(names, tmp_path)
         f"{part} rows: {tmp_path / name}" for part, name in zip(("train", "validation", "test"), names, strict=True)
     ]
     write(tmp_path / "more.csv", "text,label\n好,1\n")
-    with pytest.raises(UserError, match=r"more\.csv is not, and would be left out"):
+    with pytest.raises(UserError, match=r"beside .*[Tt]rain.* there is .*more\.csv, which would be left out"):
         load(tmp_path)
 
 
@@ -306,7 +306,13 @@ def test_tables_of_one_name_are_all_read(tmp_path):
     ]
     (tmp_path / "b" / "train.csv").rename(tmp_path / "b" / "test.csv")
     (tmp_path / "a" / "train.csv").rename(tmp_path / "a" / "some.csv")
-    with pytest.raises(UserError, match=r"test\.csv is named as a split, but no table is named train"):
+    with pytest.raises(UserError, match=r"no table is named train, beside .*test\.csv\."):
+        load(tmp_path)
+
+
+def test_a_folder_of_nothing_but_removed_rows(tmp_path):
+    write(tmp_path / "removed.csv", "text,label\n好,1\n")
+    with pytest.raises(UserError, match=r"no table is named train\. Name"):
         load(tmp_path)
 
 
