@@ -15,6 +15,7 @@ from batch import TokenBudgetSampler, collate_padded
 from callbacks import CompleteCheckpoints
 from classification_metrics import score_classes
 from data import IGNORE_INDEX, column
+from rows import UserError
 
 NOT_FOR_THE_MODEL = ("length", "cut")
 
@@ -36,7 +37,7 @@ class ClassificationTrainer(Trainer):
     - `predict_logits`, `evaluate`: each validation row exactly once, whatever rank has it
 
     Raises:
-        FloatingPointError: the loss is not a number, or more than a hundred times that of guessing.
+        UserError: the loss is not a number, or more than a hundred times that of guessing.
     """
 
     def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
@@ -138,7 +139,7 @@ class ClassificationTrainer(Trainer):
         logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
         loss, guessing = logs.get("loss", logs.get("eval_loss", 0)), math.log(self.model.config.num_labels)
         if not loss <= 100 * guessing:
-            raise FloatingPointError(
+            raise UserError(
                 f"a loss of {loss:.3g}, where guessing has {guessing:.2f}: lower --learning_rate, or use bf16, not fp16"
             )
         super().log(logs, start_time)

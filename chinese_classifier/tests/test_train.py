@@ -382,7 +382,7 @@ def test_the_processes_of_a_machine_share_one_batch(name, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(encoder_folder, data_file, tmp_path, monkeypatch):
     paths = ["--model_name_or_path", encoder_folder, "--data_path", data_file, "--output_dir", tmp_path]
-    with pytest.raises(FloatingPointError, match="a loss of nan, where guessing has 0.69: lower --learning_rate"):
+    with pytest.raises(UserError, match="a loss of nan, where guessing has 0.69: lower --learning_rate"):
         train_here(monkeypatch, *paths, "--learning_rate", "1e30", "--max_grad_norm", "0", "--logging_steps", "1")
 
 
@@ -394,5 +394,5 @@ def test_a_loss_far_above_guessing_stops_the_run(classifier_folder, data_file, t
     shutil.copy(f"{classifier_folder}/tokenizer.json", tmp_path / "model")
     shutil.copy(f"{classifier_folder}/tokenizer_config.json", tmp_path / "model")
     paths = ["--model_name_or_path", tmp_path / "model", "--data_path", data_file, "--output_dir", tmp_path / "out"]
-    with pytest.raises(FloatingPointError, match=r"a loss of \d.*, where guessing has 0\.69"):
+    with pytest.raises(UserError, match=r"a loss of \d.*, where guessing has 0\.69"):
         train_here(monkeypatch, *paths)
