@@ -60,7 +60,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
 def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
     """Precision, recall, F1 and rows of each class, the worst F1 first; classes that have no row at the end."""
     table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
-    return table.sort_values("f1", key=lambda f1: f1.where(table.support > 0, 2))
+    return pd.concat([table[table.support > 0].sort_values("f1"), table[table.support == 0]])
 
 
 def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int, str], split: str) -> pd.DataFrame:

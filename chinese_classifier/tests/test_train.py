@@ -227,6 +227,7 @@ def test_a_picture_that_would_grow_with_the_square_of_the_classes_is_left_out(
     train_here(monkeypatch, *paths, "--output_dir", tmp_path, "--max_steps", "1", "--validation_split", "0")
     assert not (tmp_path / "confusion.png").exists() and (tmp_path / "per_class.csv").exists()
     assert "test_accuracy_of_baseline" not in json.loads((tmp_path / "train_results.json").read_text())
+    assert pd.read_csv(tmp_path / "per_class.csv")["class"].tolist()[2] == "中评"
     assert "classes without a test row, which macro-F1 leaves out: 中评\n" in capsys.readouterr().out
 
 
