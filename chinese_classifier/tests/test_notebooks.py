@@ -25,7 +25,7 @@ def outputs(tmp_path_factory) -> dict[str, str]:
         for cell in cells:
             cell.outputs = []
             cell.source = cell.source.replace("num_train_epochs=3", "num_train_epochs=1")
-            cell.source = cell.source.replace("((500, 12), (1500, 8), (4500, 4))", "((500, 1),)")
+            cell.source = cell.source.replace("((500, 12), (1500, 6), (4500, 3))", "((500, 1),)")
         NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
         shown = [output for cell in cells for output in cell.outputs]
         texts[name] = "\n".join(output.get("text") or output["data"].get("text/plain", "") for output in shown)
