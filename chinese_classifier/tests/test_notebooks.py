@@ -50,7 +50,7 @@ def test_the_small_encoder_learns_and_the_linear_model_wins(outputs):
     assert 0.75 < small < linear and linear == pytest.approx(0.8457, abs=0.002)
     few, _ = map(float, re.search(r"\n500 +([\d.]+) +([\d.]+)", text).groups())
     assert few < linear
-    assert re.search(r"与“作者”最近的词： .*文笔", text)
+    assert re.search(r"与“酒店”最近的词： .*宾馆", text)
 
 
 def test_the_trained_model_is_used_in_every_way(outputs):
