@@ -53,9 +53,9 @@ defaults: .venv/test .venv-verl/ready
 	$(ACTIVATE) && cd train_qwen && python recall.py output_zero2 --at_least 18
 	python3 tests/check_results.py train_qwen/output_zero2/train_results.json "eval_loss_after < 1.8"
 	$(ACTIVATE) && bash chinese_classifier/train_zero2.sh --overwrite_output_dir true
-	python3 tests/check_results.py chinese_classifier/output_zero2/train_results.json "test_accuracy > 0.845"
+	python3 tests/check_results.py chinese_classifier/output_zero2/train_results.json "test_accuracy > 0.83"
 	$(ACTIVATE) && cd chinese_classifier && DATA=words OUTPUT=output_words bash train_zero2.sh --overwrite_output_dir true
-	python3 tests/check_results.py chinese_classifier/output_words/train_results.json "test_accuracy > 0.85"
+	python3 tests/check_results.py chinese_classifier/output_words/train_results.json "test_accuracy > 0.79"
 	$(ACTIVATE) && bash pytorch_base/simple_thu_chatglm6b/train_zero2.sh --overwrite_output_dir true
 	python3 tests/check_results.py pytorch_base/simple_thu_chatglm6b/output_zero2/train_results.json "eval_loss_after < 0.05"
 	$(ACTIVATE) && bash internlm-sft/train_zero2.sh --overwrite_output_dir true

@@ -47,11 +47,11 @@ def load_rows(count: int):
     from prepare import load_tables
     from tiny import tiny_model_folder
 
-    tables, _ = load_tables("reviews", ("text", "label"), {"validation": 0.1, "test": 0.1}, 42)
+    tables, *_ = load_tables("reviews", ("text", "label"), {"validation": 0.1, "test": 0.1}, 42)
     train = tables["train"].sample(count, random_state=0).reset_index(drop=True)
     labels = {"负面": 0, "正面": 1}
     id2label = {number: label for label, number in labels.items()}
-    folder = tiny_model_folder(train.text.tolist(), train.label.tolist(), id2label)
+    folder = tiny_model_folder(train.text.tolist(), id2label)
     return train, tables["test"], labels, folder
 
 
@@ -98,8 +98,7 @@ def measure_training(way: str, count: int, output: str) -> dict:
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
-    model.eval().config.ngram_share = 0.0  # what was trained, without what was fitted beforehand
-    predicted = predict_probabilities(model, tokenizer, test.text.tolist()).argmax(1)
+    predicted = predict_probabilities(model.eval(), tokenizer, test.text.tolist())[0].argmax(1)
     return {
         "rows_per_cpu_second": count * COMMON["num_train_epochs"] / seconds,
         "accuracy": float((predicted == test.label.map(labels).to_numpy()).mean()),

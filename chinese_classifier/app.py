@@ -3,7 +3,8 @@
     python app.py output                                                    http://127.0.0.1:8000, this machine only
     API_KEY=secret python app.py output --host 0.0.0.0 --port 8000          the whole network, with a key
 
-    POST /classify {"texts": "one text"} or {"texts": ["many", "texts"]}    GET /health (needs no key)
+    POST /classify {"texts": "one text"} or {"texts": ["many", "texts"]}
+    GET /openapi.json (with the key)    GET /health (needs none)
 
 The way of a request: read_request (limits) -> a queue -> classify_waiting: all that waits while the model is busy is
 classified together, sorted by length -> the scores of each class.
@@ -23,6 +24,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
@@ -36,8 +38,22 @@ log = logging.getLogger("uvicorn.error")
 class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     texts: Annotated[
-        list[str], Field(min_length=1), BeforeValidator(lambda text: [text] if isinstance(text, str) else text)
+        list[str],
+        Field(min_length=1, description="a single text needs no list"),
+        BeforeValidator(lambda text: [text] if isinstance(text, str) else text),
     ]
+
+
+class Result(BaseModel):
+    label: str
+    probability: float
+    scores: dict[str, float]
+    cut: bool = Field(description="the text was longer than the model takes: its end was not read")
+
+
+class ClassifyAnswer(BaseModel):
+    model: str
+    results: list[Result]
 
 
 def api_error(status: int, message: str, param: str | None = None, code: str | None = None) -> HTTPException:
@@ -59,26 +75,33 @@ def send_error(request: Request, error: Exception) -> Response:
 def check_key(request: Request) -> None:
     """Raises 401 where the server has a key and the request doesn't carry it."""
     key = request.app.state.api_key
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key and not hmac.compare_digest(given.encode(), key.encode()):
+    if key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
         raise api_error(401, "missing or wrong API key: send 'Authorization: Bearer <key>'", code="invalid_api_key")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body; one that is too large is read to its end, or the client would miss the answer: 413."""
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        body += chunk if size <= limit else b""
+    if size > limit:
+        raise api_error(413, f"the body has {size} bytes, at most {limit} are accepted", code="body_too_large")
+    return bytes(body)
 
 
 async def read_request(request: Request) -> list[str]:
     """The checked texts of a request.
 
     Raises:
-        HTTPException: 413 too large; 400 no JSON, no texts, an empty one, or more than are accepted.
+        HTTPException: 408 the body doesn't come; 413 too large; 400 no JSON, no texts, an empty one, or too many.
     """
     state = request.app.state
-    limit = state.max_body_bytes
-    body = bytearray()
-    size = 0
-    async for chunk in request.stream():  # too large a body is read to its end, or the client would miss the answer
-        size += len(chunk)
-        body += chunk if size <= limit else b""
-    if size > limit:
-        raise api_error(413, f"the body has {size} bytes, at most {limit} are accepted", code="body_too_large")
+    try:
+        body = await asyncio.wait_for(read_body(request, state.max_body_bytes), state.max_body_seconds)
+    except asyncio.TimeoutError:
+        message = f"the body did not come within {state.max_body_seconds:g} s"
+        raise api_error(408, message, code="body_timeout") from None
     try:
         fields = json.loads(body)
         json.dumps(fields, ensure_ascii=False).encode()  # fails for a lone surrogate, which is no text
@@ -121,7 +144,7 @@ async def classify_waiting(state) -> None:
             continue
         texts = [text for texts, _ in jobs for text in texts]
         try:
-            scores = await asyncio.to_thread(predict_probabilities, state.model, state.tokenizer, texts)
+            scores, cut = await asyncio.to_thread(predict_probabilities, state.model, state.tokenizer, texts)
         except Exception:
             log.exception("a batch failed")
             for _, answer in jobs:
@@ -131,12 +154,16 @@ async def classify_waiting(state) -> None:
         start = 0
         for texts, answer in jobs:
             if not answer.done():
-                answer.set_result(scores[start : start + len(texts)])
+                answer.set_result((scores[start : start + len(texts)], cut[start : start + len(texts)]))
             start += len(texts)
 
 
-@router.post("/classify", dependencies=[Depends(check_key)])
-async def classify(request: Request) -> dict:
+@router.post(
+    "/classify",
+    dependencies=[Depends(check_key), Depends(HTTPBearer(auto_error=False))],
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": ClassifyRequest.model_json_schema()}}}},
+)
+async def classify(request: Request) -> ClassifyAnswer:
     state = request.app.state
     texts = await read_request(request)
     if state.queue.qsize() >= state.max_queue:
@@ -145,16 +172,21 @@ async def classify(request: Request) -> dict:
     state.queue.put_nowait((texts, answer))
     watch = asyncio.create_task(end_with_client(request, answer))
     try:
-        scores = await answer
+        scores, cut = await answer
     except asyncio.CancelledError:
         raise ClientDisconnect from None
     finally:
         watch.cancel()
     results = []
-    for probabilities in scores:
+    for probabilities, is_cut in zip(scores, cut, strict=True):
         ranked = rank_classes(state.model, probabilities)
-        results.append({"label": ranked[0][0], "probability": ranked[0][1], "scores": dict(ranked)})
-    return {"model": state.model_name, "results": results}
+        results.append(Result(label=ranked[0][0], probability=ranked[0][1], scores=dict(ranked), cut=is_cut))
+    return ClassifyAnswer(model=state.model_name, results=results)
+
+
+@router.get("/openapi.json", dependencies=[Depends(check_key)], include_in_schema=False)
+async def describe_api(request: Request) -> dict:
+    return request.app.openapi()
 
 
 @router.get("/health")
@@ -171,12 +203,13 @@ def create_app(
     max_characters: int = 20_000,
     max_queue: int = 64,
     max_body_bytes: int = 4 << 20,
+    max_body_seconds: float = 30,
 ) -> FastAPI:
     """The API of one classifier.
 
     Args:
         model, tokenizer: from `infer.load_trained_model`.
-        api_key: where given, /classify wants `Authorization: Bearer <api_key>`.
+        api_key: where given, /classify and /openapi.json want `Authorization: Bearer <api_key>`.
         max_texts: in one request, and about as many in one batch; max_characters: in one text.
         max_queue: requests that may wait while others are served; those beyond get 429.
     """
@@ -199,7 +232,7 @@ def create_app(
     state.model_name = model_name
     state.api_key = api_key
     state.max_texts, state.max_characters = max_texts, max_characters
-    state.max_queue, state.max_body_bytes = max_queue, max_body_bytes
+    state.max_queue, state.max_body_bytes, state.max_body_seconds = max_queue, max_body_bytes, max_body_seconds
     return app
 
 

@@ -30,15 +30,20 @@ def hash_table(table: pd.DataFrame) -> str:
     return hashlib.sha256(json.dumps([table.text.tolist(), table.label.tolist()]).encode()).hexdigest()
 
 
-def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
-    """What the tokenizer makes of the texts, cut at the end, with `labels`, `length` and whether anything was cut."""
-    encoded = tokenizer(batch["text"], truncation=True)
-    limit = tokenizer.model_max_length
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+def tokenize(texts: list[str], tokenizer) -> tuple[dict, list[bool]]:
+    """What the tokenizer makes of the texts, cut at the end at its `model_max_length`; and which were cut."""
+    encoded, limit = tokenizer(texts, truncation=True), tokenizer.model_max_length
     cut = [
-        length == limit and len(tokenizer(text, verbose=False)["input_ids"]) > limit
-        for text, length in zip(batch["text"], lengths, strict=True)
+        len(ids) == limit and len(tokenizer(text, verbose=False)["input_ids"]) > limit
+        for text, ids in zip(texts, encoded["input_ids"], strict=True)
     ]
+    return encoded, cut
+
+
+def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
+    """`tokenize`, with `labels`, `length` in tokens and `cut`."""
+    encoded, cut = tokenize(batch["text"], tokenizer)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
     return {**encoded, "labels": [label2id[label] for label in batch["label"]], "length": lengths, "cut": cut}
 
 

@@ -13,8 +13,16 @@ from pathlib import Path
 
 import gradio as gr
 
-from infer import classify_table, explain, load_trained_model, predict_probabilities, rank_classes, read_texts
-from rows import UserError
+from infer import (
+    MAX_EXPLAINED,
+    classify_table,
+    explain,
+    load_trained_model,
+    predict_probabilities,
+    rank_classes,
+    read_texts,
+)
+from rows import UserError, write_csv
 
 EXAMPLE_TEXTS = [
     "房间不干净，服务员态度也差，再也不来了。",
@@ -22,7 +30,6 @@ EXAMPLE_TEXTS = [
     "青蒿素",
     "太极拳",
 ]
-MAX_CHARACTERS = 2000  # of a text on the page; each of its words costs one prediction
 
 
 def scale_words(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -37,10 +44,10 @@ def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
     def classify_text(text: str):
         if not text.strip():
             raise gr.Error("请先输入文本。")
-        if len(text) > MAX_CHARACTERS:
-            raise gr.Error(f"文本有 {len(text)} 个字，这里最多 {MAX_CHARACTERS} 个；长文本请用“整个表格”。")
-        scores = dict(rank_classes(model, predict_probabilities(model, tokenizer, [text])[0]))
-        return scores, scale_words(explain(model, tokenizer, text))
+        (probabilities,), (cut,) = predict_probabilities(model, tokenizer, [text])
+        notes = [f"文本超过 {tokenizer.model_max_length} 个词元，后面的没有读。"] if cut else []
+        notes += [f"只解释前 {MAX_EXPLAINED} 个字。"] if len(text) > MAX_EXPLAINED else []
+        return dict(rank_classes(model, probabilities)), scale_words(explain(model, tokenizer, text)), "".join(notes)
 
     def classify_upload(file: str | None, text_column: str, progress=gr.Progress()):  # noqa: B008  (Gradio's way)
         if file is None:
@@ -58,9 +65,11 @@ def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
             raise gr.Error(str(error).replace(file, Path(file).name)) from None
         result = classify_table(model, tokenizer, table, text_column.strip(), on_progress=show)
         output = Path(tempfile.mkdtemp(), f"{Path(file).stem}_predicted.csv")
-        result.to_csv(output, index=False, encoding="utf-8-sig")
-        counts = result.predicted.replace("", "（没有文本）").value_counts()
+        write_csv(result, output)
+        predicted, _, cut = (result[name] for name in list(result)[-3:])
+        counts = predicted.replace("", "（没有文本）").value_counts()
         summary = "，".join(f"{label} {count} 行" for label, count in counts.items())
+        summary += f"；{cut.sum()} 行太长，后面的没有读" if cut.any() else ""
         return f"共 {len(result)} 行：{summary}", result.head(20), str(output)
 
     with gr.Blocks(title=title, analytics_enabled=False) as demo:
@@ -75,6 +84,7 @@ def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
             words = gr.HighlightedText(
                 label="起决定作用的词（红：支持这个类别；蓝：反对）", color_map={}, show_legend=False
             )
+            note = gr.Markdown()
         with gr.Tab("整个表格"):
             with gr.Row():
                 upload = gr.File(label="表格（.csv / .tsv，UTF-8 或 GB18030）", file_types=[".csv", ".tsv"])
@@ -83,8 +93,8 @@ def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
             summary = gr.Markdown()
             head = gr.Dataframe(label="前 20 行")
             download = gr.File(label="下载结果")
-        gr.on([text.submit, send.click], classify_text, text, [scores, words], concurrency_id="model")
-        clear.click(lambda: ("", None, None), None, [text, scores, words])
+        gr.on([text.submit, send.click], classify_text, text, [scores, words, note], concurrency_id="model")
+        clear.click(lambda: ("", None, None, ""), None, [text, scores, words, note])
         start.click(classify_upload, [upload, text_column], [summary, head, download], concurrency_id="model")
     return demo.queue(max_size=16)
 

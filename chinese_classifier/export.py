@@ -8,7 +8,7 @@ The folder is read again and its logits are compared, and so are those of model.
 
 import argparse
 import sys
-import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -111,15 +111,9 @@ def export_onnx(target: str, trust_remote_code: bool = False) -> tuple[float, fl
 def compare_speed(model, session, inputs, rounds: int = 10) -> float:
     """PyTorch's seconds for a batch divided by onnxruntime's: the shortest of `rounds` in which they take turns."""
     arrays = {name: values.numpy() for name, values in inputs.items()}
-
-    def measure(run) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
+    ways = (lambda: model(**inputs), lambda: session.run(["logits"], arrays))
     with torch.no_grad():
-        ways = (lambda: model(**inputs), lambda: session.run(["logits"], arrays))
-        seconds = [[measure(run) for run in ways] for _ in range(rounds)]
+        seconds = [[timeit.timeit(run, number=1) for run in ways] for _ in range(rounds)]
     of_torch, of_onnx = np.min(seconds, axis=0)
     return float(of_torch / of_onnx)
 

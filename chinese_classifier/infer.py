@@ -1,7 +1,7 @@
 """Classifies with a trained model: a full model folder, a LoRA adapter folder or a hub id.
 
     python infer.py output --text "房间干净，服务员也热情。"               one text: scores, and the words that decided
-    python infer.py output --file my.csv --output predicted.csv           a whole table, with two columns more
+    python infer.py output --file my.csv --output predicted.csv           a whole table, with three columns more
 
 The way of the texts: predict_probabilities (sorted by length, hardly any padding) -> their own order again.
 """
@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from model import count_positions
-from rows import UserError, clean_label, read_cells
+from data import tokenize
+from model import count_positions, name_classes
+from rows import UserError, clean_label, read_cells, write_csv
 
 CHUNK = 20_000  # texts of a table that are tokenised at a time: a million would take the memory of a machine
+MAX_EXPLAINED = 2000  # characters of a text that are explained: each of its words costs one prediction
 
 
 # >>> model-path
@@ -80,6 +82,7 @@ def load_trained_model(path: str, trust_remote_code: bool = False):
     base = find_base_model(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        name_classes(config, config.id2label)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForSequenceClassification.from_pretrained(
             base or path,
@@ -114,24 +117,26 @@ def cut_into_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
 @torch.no_grad()
 def predict_probabilities(
     model, tokenizer, texts: list[str], max_tokens: int = 8192, on_progress: Callable[[int], None] = lambda rows: None
-) -> np.ndarray:
-    """Probability of each class for each text, in the order of the texts: shape (texts, num_labels), fp32.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of each class for each text, and whether the text was too long and lost its end.
 
     Args:
         max_tokens: of a batch, padding included.
         on_progress: gets to know how many texts more are done.
+
+    Returns:
+        In the order of the texts: shape (texts, num_labels), fp32; shape (texts,), bool.
     """
-    if not texts:
-        return np.zeros((0, model.config.num_labels), dtype=np.float32)
-    encoded = tokenizer(texts, truncation=True)
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    probabilities = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
-    for rows in cut_into_batches(lengths, max_tokens):
-        batch = [{name: values[row] for name, values in encoded.items()} for row in rows]
-        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-        probabilities[rows] = model(**inputs).logits.float().softmax(1).cpu().numpy()
-        on_progress(len(rows))
-    return probabilities
+    probabilities, cut = np.zeros((len(texts), model.config.num_labels), dtype=np.float32), np.zeros(len(texts), bool)
+    for start in range(0, len(texts), CHUNK):
+        encoded, cut[start : start + CHUNK] = tokenize(texts[start : start + CHUNK], tokenizer)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        for rows in cut_into_batches(lengths, max_tokens):
+            batch = [{name: values[row] for name, values in encoded.items()} for row in rows]
+            inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+            probabilities[start + rows] = model(**inputs).logits.float().softmax(1).cpu().numpy()
+            on_progress(len(rows))
+    return probabilities, cut
 
 
 def rank_classes(model, probabilities: np.ndarray) -> list[tuple[str, float]]:
@@ -140,7 +145,7 @@ def rank_classes(model, probabilities: np.ndarray) -> list[tuple[str, float]]:
 
 
 def explain(model, tokenizer, text: str) -> list[tuple[str, float]]:
-    """Each word of the text with how much it speaks for the predicted class.
+    """Each word of the first MAX_EXPLAINED characters with how much it speaks for their class.
 
     That is how far the log-odds of the class fall (in nats) when the word is left out; below 0 the word speaks against
     it. Source: Li et al., "Understanding Neural Networks through Representation Erasure" (2016); words: jieba.
@@ -148,9 +153,10 @@ def explain(model, tokenizer, text: str) -> list[tuple[str, float]]:
     import jieba
 
     jieba.setLogLevel("WARNING")
+    text = text[:MAX_EXPLAINED]
     words = list(jieba.tokenize(text))
     texts = [text] + [text[:start] + text[end:] for _, start, end in words]
-    probabilities = predict_probabilities(model, tokenizer, texts).astype(np.float64).clip(1e-7, 1 - 1e-7)
+    probabilities = predict_probabilities(model, tokenizer, texts)[0].astype(np.float64).clip(1e-7, 1 - 1e-7)
     of_class = probabilities[:, probabilities[0].argmax()]
     log_odds = np.log(of_class / (1 - of_class))
     falls = log_odds[0] - log_odds[1:]
@@ -173,37 +179,62 @@ def read_texts(file: str, text_column: str) -> pd.DataFrame:
 
 
 def classify_table(model, tokenizer, table: pd.DataFrame, text_column: str, on_progress=lambda rows: None):
-    """The table with `predicted` and `probability` beside its own columns; both are empty where the text is."""
+    """The table with `predicted`, `probability` and `cut` after its own columns, or predicted_2 ... where it has such.
+
+    The first two are empty where the text is; `cut` says that the text was too long and lost its end.
+    """
     texts = table[text_column].str.strip()
     given = texts[texts != ""]
-    parts = [given[start : start + CHUNK].tolist() for start in range(0, max(1, len(given)), CHUNK)]
-    probabilities = np.concatenate(
-        [predict_probabilities(model, tokenizer, part, on_progress=on_progress) for part in parts]
-    )
+    probabilities, cut = predict_probabilities(model, tokenizer, given.tolist(), on_progress=on_progress)
     labels = [model.config.id2label[index] for index in probabilities.argmax(1).tolist()]
-    predicted = pd.Series(labels, index=given.index, dtype=object).reindex(table.index, fill_value="")
-    best = pd.Series(probabilities.max(1).round(4), index=given.index).reindex(table.index)
-    return table.assign(predicted=predicted, probability=best)
+    new = {
+        "predicted": pd.Series(labels, index=given.index, dtype=object).reindex(table.index, fill_value=""),
+        "probability": pd.Series(probabilities.max(1).round(4), index=given.index).reindex(table.index),
+        "cut": pd.Series(cut, index=given.index).reindex(table.index, fill_value=False),
+    }
+    for name, values in new.items():
+        names = (name, *(f"{name}_{number}" for number in range(2, table.shape[1] + 3)))
+        table = table.assign(**{next(free for free in names if free not in table): values})
+    return table
 
 
 def classify_file(model, tokenizer, file: str, output: str, text_column: str, label_column: str) -> None:
     """Writes `classify_table` of a file, and says how many texts were empty, cut, and right where labels are there."""
     from tqdm import tqdm
 
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"{output}: there is no such folder to write to.")
+    if not output.lower().endswith(".csv") or not Path(output).absolute().parent.is_dir():
+        raise UserError(f"{output}: is no .csv in a folder that exists; name one by --output.")
     table = read_texts(file, text_column)
+    if Path(output).resolve() == Path(file).resolve():
+        raise UserError(f"{output}: is the table itself; name another file by --output.")
     if table.empty:
         raise UserError(f"{file}: there is no row in it.")
     with tqdm(total=len(table), unit="row") as bar:
         result = classify_table(model, tokenizer, table, text_column, bar.update)
-    result.to_csv(output, index=False, encoding="utf-8-sig")
-    print(f"{output}: {len(table):,} rows; {(result.predicted == '').sum():,} of them have no text")
+    write_csv(result, output)
+    names = list(result)[-3:]
+    predicted, _, cut = (result[name] for name in names)
+    print(f"{output}: {len(table):,} rows, the new columns are {', '.join(names)}")
+    print(
+        f"{(predicted == '').sum():,} of them have no text; {cut.sum():,} are longer than the model takes and were cut"
+    )
     if label_column in table:
         labels = result[label_column].map(clean_label)
-        labelled = (result.predicted != "") & (labels != "")
-        right = (result.predicted == labels)[labelled]
+        labelled = (predicted != "") & (labels != "")
+        right = (predicted == labels)[labelled]
         print(f"{right.mean():.4f} of the {labelled.sum():,} rows with a label got it right")
+
+
+def classify_text(model, tokenizer, text: str) -> None:
+    """Prints the probability of each class, and the words that decided."""
+    (probabilities,), (cut,) = predict_probabilities(model, tokenizer, [text])
+    for label, probability in rank_classes(model, probabilities):
+        print(f"{probability:.4f}  {label}")
+    print("  ".join(f"{word} {weight:+.2f}" for word, weight in explain(model, tokenizer, text)))
+    if cut:
+        print(f"note: longer than {tokenizer.model_max_length} tokens, its end was cut")
+    if len(text) > MAX_EXPLAINED:
+        print(f"note: {len(text):,} characters, of which the first {MAX_EXPLAINED:,} are explained")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,9 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             if not args.text.strip():
                 raise UserError("--text: there is nothing in it.")
-            for label, probability in rank_classes(model, predict_probabilities(model, tokenizer, [args.text])[0]):
-                print(f"{probability:.4f}  {label}")
-            print("  ".join(f"{word} {weight:+.2f}" for word, weight in explain(model, tokenizer, args.text)))
+            classify_text(model, tokenizer, args.text)
     except UserError as error:
         sys.exit(str(error))
 

@@ -1,7 +1,9 @@
 """The tokenizer and the classifier: any encoder that Transformers classifies with, for full fine-tuning or LoRA."""
 
+import copy
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -9,10 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-import ngram_modernbert  # noqa: F401  (makes the embedded default known to AutoModel...)
 from rows import UserError
-
-HEADS = ("classifier", "score")  # what Transformers calls the layers that give a class its score
 
 
 def no_model_there(path: str, error: Exception) -> UserError:
@@ -49,6 +48,12 @@ def count_positions(config) -> int:
     return positions
 
 
+def name_classes(config, id2label: dict[int, str]) -> None:
+    """Names a model's classes in the order of their ids; `label2id` follows, whatever the file said."""
+    config.id2label = dict(sorted(id2label.items()))
+    config.label2id = {label: index for index, label in config.id2label.items()}
+
+
 def load_model(model_args, args, id2label: dict[int, str]) -> nn.Module:
     """The encoder with a new head for these classes, or with its own head, and order, where it knows the same ones.
 
@@ -56,15 +61,18 @@ def load_model(model_args, args, id2label: dict[int, str]) -> nn.Module:
     stay in fp32, and so do the adapters (PEFT), since fp16 gradients could not be unscaled otherwise.
 
     Raises:
-        UserError: the weights can't be read, or `target_modules` match nothing.
+        UserError: the weights can't be read, are an adapter's, or `target_modules` match nothing.
     """
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     path = model_args.model_name_or_path
+    if Path(path, "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is a LoRA adapter. Merge it first (python export.py {path} merged), then give merged."
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
-        has_other_classes = set(config.id2label.values()) != set(id2label.values())
-        if has_other_classes:
-            config.id2label, config.label2id = id2label, {label: index for index, label in id2label.items()}
+        has_other_classes = sorted(config.id2label.values()) != sorted(id2label.values())
+        name_classes(config, id2label if has_other_classes else config.id2label)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=config,
@@ -76,40 +84,53 @@ def load_model(model_args, args, id2label: dict[int, str]) -> nn.Module:
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise no_model_there(path, error) from None
-    new = loading["missing_keys"] | {name for name, *_ in loading["mismatched_keys"]}
-    if has_other_classes and not any(name.split(".")[0] in HEADS for name in new):
-        redraw_head(model)
+    class_layers = find_class_layers(model)
+    for name in class_layers if has_other_classes else ():
+        draw_layer(model.get_submodule(name), getattr(config, "initializer_range", 0.02))
     model.config.problem_type = "single_label_classification"
     if model_args.use_lora:
-        modules = {name.rpartition(".")[0] for name in new if name.split(".")[0] not in HEADS}
-        model = add_lora(model, model_args, sorted(modules))
+        heads = {name.split(".")[0] for name in class_layers}
+        new = loading["missing_keys"] | {name for name, *_ in loading["mismatched_keys"]}
+        modules = {name.rpartition(".")[0] for name in new if name.split(".")[0] not in heads}
+        model = add_lora(model, model_args, sorted(heads | modules), sorted(modules))
         for parameter in model.parameters() if not args.deepspeed else ():  # which keeps fp32 copies by itself
             if parameter.requires_grad:  # PEFT casts the adapters, but not the head
                 parameter.data = parameter.data.float()
     return model
 
 
-def redraw_head(model: nn.Module) -> None:
-    """Draws the head anew: one that was trained for as many other classes would be of no use, or misleading."""
-    heads = [module for name, module in model.named_children() if name in HEADS]
-    for layer in [layer for head in heads for layer in head.modules()]:
-        if isinstance(layer, nn.Linear):
-            gathered = nullcontext()
-            if is_deepspeed_zero3_enabled():
-                import deepspeed
-
-                gathered = deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0)
-            with gathered:
-                layer.reset_parameters()
+def find_class_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose size follows from the number of classes; all of Transformers' are nn.Linear."""
+    shapes = []
+    for more in (1, 2):
+        config = copy.deepcopy(model.config)
+        config.num_labels += more
+        with torch.device("meta"):
+            shapes.append({name: weight.shape for name, weight in type(model)(config).state_dict().items()})
+    return sorted({name.rpartition(".")[0] for name in shapes[0] if shapes[0][name] != shapes[1][name]})
 
 
-def add_lora(model: nn.Module, model_args, new_modules: list[str]) -> nn.Module:
-    """The model with low-rank adapters and a head that is trained in full; the rest is frozen.
+def draw_layer(layer: nn.Linear, std: float) -> None:
+    """Draws a layer of the classes anew: one that was trained for others would mislead, or be of another size."""
+    gathered = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0)
+    with gathered:
+        nn.init.normal_(layer.weight, std=std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def add_lora(model: nn.Module, model_args, trained: list[str], without_weights: list[str]) -> nn.Module:
+    """The model with low-rank adapters; the rest is frozen.
 
     Source: Hu et al., "LoRA" (2021); library: PEFT.
 
     Args:
-        new_modules: others that the checkpoint has no weights for (a pooler); trained in full and saved like the head.
+        trained: modules that are trained in full and saved with the adapters: the head, and `without_weights`.
+        without_weights: those that the checkpoint has no weights for (a pooler).
     """
     from peft import LoraConfig, get_peft_model
 
@@ -117,18 +138,16 @@ def add_lora(model: nn.Module, model_args, new_modules: list[str]) -> nn.Module:
     targets = model_args.target_modules
     missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if targets != ["all-linear"] and missing:
-        linear = sorted(
-            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
+        linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise UserError(
-            f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(linear)}"
+            f"--target_modules {' '.join(missing)}: no such module; the linear ones are {', '.join(sorted(linear))}"
         )
     return get_peft_model(
         model,
         LoraConfig(
             task_type="SEQ_CLS",
-            modules_to_save=[*HEADS, *new_modules],
-            exclude_modules=new_modules or None,
+            modules_to_save=trained,
+            exclude_modules=without_weights or None,
             r=model_args.lora_r,
             lora_alpha=model_args.lora_alpha,
             lora_dropout=model_args.lora_dropout,

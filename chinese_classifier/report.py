@@ -10,9 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from baseline import score_baseline
 from data import column
+from rows import write_csv
 
 SUSPICIOUS_ROWS = 50
+MAX_PICTURED = 200  # classes: the picture grows with their square
+MAX_BASELINE = 1_000_000  # training rows times classes; so many take minutes
 
 
 def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables: dict, notes: list[str]) -> None:
@@ -43,7 +47,7 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
         f"rows        {', '.join(f'{len(rows):,} {name}' for name, rows in splits.items())}",
         f"classes     {labels}",
         f"tokens      {lengths.sum():,} an epoch, {lengths.max()} in the longest row",
-        f"padding     {padding:.1%} (as the rows come it would be {padding_as_they_come(lengths, args):.0%})",
+        f"padding     {padding:.1%}",
         f"steps       {steps:,} of about {args.per_device_train_batch_size} rows x {args.world_size} processes"
         f" x {args.gradient_accumulation_steps} accumulation",
         f"devices     {args.world_size} x {device}, {precision}",
@@ -53,17 +57,10 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
     print("\n".join(lines), flush=True)
 
 
-def padding_as_they_come(lengths: np.ndarray, args) -> float:
-    """The share of padding in batches of rows in random order, each padded to its longest."""
-    order = np.random.default_rng(args.seed).permutation(lengths)
-    batches = np.array_split(order, math.ceil(len(order) / args.per_device_train_batch_size))
-    return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)
-
-
 def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
-    """Precision, recall, F1 and rows of each class, the worst F1 first."""
+    """Precision, recall, F1 and rows of each class, the worst F1 first; classes that have no row at the end."""
     table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
-    return table.astype({"support": int}).sort_values("f1")
+    return pd.concat([table[table.support > 0].sort_values("f1"), table[table.support == 0]])
 
 
 def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int, str], split: str) -> pd.DataFrame:
@@ -92,10 +89,8 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     Returns:
         What train_results.json holds.
     """
-    args = trainer.args
-    history = trainer.state.log_history
+    args, history, config = trainer.args, trainer.state.log_history, trainer.model.config
     folder = Path(args.output_dir)
-    id2label = trainer.model.config.id2label
     results = {
         "steps": trainer.state.global_step,
         "train_loss": mean_train_loss(history),
@@ -105,19 +100,30 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     }
     first = next((entry for entry in history if "eval_loss" in entry), {})
     results |= {f"validation_{name}_before": first[f"eval_{name}"] for name in ("loss", "accuracy") if first}
-    suspicious = []
+    is_quick = len(tables["train"]) * config.num_labels <= MAX_BASELINE
+    compared, suspicious = score_baseline(tables) if predictions and is_quick else {}, []
     for split, logits in predictions.items():
-        labels = np.array([trainer.model.config.label2id[label] for label in tables[split].label])
+        labels = np.array([config.label2id[label] for label in tables[split].label])
         scores = trainer.measure(logits, labels)
         results |= {f"{split}_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
-        suspicious.append(suspicious_rows(tables[split], logits, id2label, split))
+        results |= {
+            f"{split}_{name}_of_baseline": compared[split][name] for name in ("accuracy", "macro_f1") if compared
+        }
+        beside = f"   the linear model beside it {compared[split]['accuracy']:.4f}" if compared else ""
+        print(f"{split:<11} accuracy {scores['accuracy']:.4f}{beside}")
+        suspicious.append(suspicious_rows(tables[split], logits, config.id2label, split))
     if predictions:  # the last part: the test rows where there are any
-        table = per_class_table(scores, id2label)
-        table.to_csv(folder / "per_class.csv", encoding="utf-8-sig")
+        table = per_class_table(scores, config.id2label)
+        write_csv(table.reset_index(), folder / "per_class.csv")
         print(f"{split} rows by class, the worst first:\n{table.to_string(float_format='%.3f')}")
-        plot_confusion(scores["confusion_matrix"], list(id2label.values())).savefig(folder / "confusion.png", dpi=120)
-        rows = pd.concat(suspicious).sort_values("probability", ascending=False).head(SUSPICIOUS_ROWS)
-        rows.to_csv(folder / "suspicious_rows.csv", index=False, encoding="utf-8-sig")
+        if len(unseen := table.index[table.support == 0]):
+            print(f"classes without a {split} row, which macro-F1 leaves out: {', '.join(unseen)}")
+        if config.num_labels <= MAX_PICTURED:
+            plot_confusion(labels, logits.argmax(1), list(config.id2label.values())).savefig(
+                folder / "confusion.png", dpi=120
+            )
+        rows = pd.concat(suspicious).sort_values("probability", ascending=False)
+        write_csv(rows.head(SUSPICIOUS_ROWS), folder / "suspicious_rows.csv")
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:
@@ -133,21 +139,19 @@ def plot_loss(history: list[dict]):
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    table = pd.DataFrame(history).set_index("step")
     curves = (
         (left, "loss", "training", "-"),
         (left, "eval_loss", "validation", "o-"),
         (right, "eval_accuracy", "", "o-"),
     )
     for axes, key, label, style in curves:
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    left.set(xlabel="step", ylabel="loss (nats per row)")
-    right.set(xlabel="step", ylabel="validation accuracy")
-    for axes in (left, right):
+        if key in table:
+            axes.plot(table[key].dropna(), style, label=label, markersize=4)
         axes.grid(alpha=0.3)
-    if left.lines:
-        left.legend()
+    left.set(xlabel="step", ylabel="loss (nats per row)")
+    left.legend()
+    right.set(xlabel="step", ylabel="validation accuracy")
     return figure
 
 
@@ -161,28 +165,25 @@ def find_chinese_font():
     return font_manager.FontProperties(fname=file) if file else None
 
 
-def plot_confusion(matrix: list[list[int]], labels: list[str]):
-    """How many rows of each class (down) were taken for each class (across), as a matplotlib figure.
+def plot_confusion(labels: np.ndarray, predicted: np.ndarray, names: list[str]):
+    """The share of each class's rows (down) that was taken for each class (across), as a matplotlib figure.
 
-    The colour is the share of the row's class. Without a Chinese font the classes have their numbers.
+    Without a Chinese font the classes have their numbers.
+
+    Args:
+        labels, predicted: the classes' numbers, shape (rows,); names: of the classes, by their numbers.
     """
     from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    font = find_chinese_font()
-    names = labels if font or all(map(str.isascii, labels)) else range(len(labels))
-    counts = np.array(matrix)
-    size = min(2.5 + 0.6 * len(labels), 40)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column_index), count in np.ndenumerate(counts) if len(labels) <= 40 else ():  # more can't be read
-        color = "white" if share[row, column_index] > 0.5 else "black"
-        axes.text(column_index, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), names)
+    font, count = find_chinese_font(), len(names)
+    names = names if font or all(map(str.isascii, names)) else range(count)
+    share = confusion_matrix(labels, predicted, labels=range(count), normalize="true")
+    size = min(2.5 + 0.6 * count, 40)
+    axes = Figure(figsize=(size + 1, size), layout="constrained").subplots()
+    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "values_format": ".2f", "xticks_rotation": 45}
+    ConfusionMatrixDisplay(share, display_labels=names).plot(ax=axes, include_values=count <= 40, **style)
+    axes.set(xlabel="predicted", ylabel="label")
     for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         tick.set_fontproperties(font)
-    axes.set(xlabel="predicted", ylabel="label")
-    figure.colorbar(image, label="share of the class")
-    return figure
+    return axes.figure

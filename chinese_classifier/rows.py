@@ -1,6 +1,6 @@
 """Tables of texts and labels -> checked rows: one encoding a file, whatever Excel exports, no text on two sides.
 
-files -> read_cells -> read_table (rows checked) -> split_in_blocks (one table) -> clean_splits (no copies, no leaks)
+files -> read_cells -> read_table (rows checked) -> clean_splits (no copies, no leaks) -> split_in_blocks (one table)
 """
 
 import codecs
@@ -16,6 +16,9 @@ import pandas as pd
 
 MAX_CHARACTERS = 100_000  # in one cell; more is a quote that was never closed, not a text to classify
 COLUMNS = ["text", "label", "source", "reason"]
+LINE_END = re.compile(r"\r\n|\r|\n")
+MARKS = "[,.!?;:、。~\"'“”‘’()《》〈〉【】「」『』…—·]"  # between the parts of a sentence; in 36.5 and 3:1 they count
+INVISIBLE = "[\\s\u200b\u2060\ufeff]"
 
 
 # >>> encoding
@@ -71,65 +74,123 @@ def list_files(data_path: str) -> list[str]:
     return files
 
 
-def check_one_encoding(path: str) -> None:
-    """Raises UserError for a file of GB18030 that has lines of UTF-8 in it.
+def check_encoding(path: str) -> str:
+    """A file's encoding: UTF-8 or GB18030.
 
-    Read as GB18030 such a line becomes other characters, mostly without an error. The other way round, no more than a
-    character or two of GB18030 pass for Chinese in UTF-8.
+    Raises:
+        UserError: neither; lines of UTF-8 in GB18030, which would become other characters, mostly without an error
+            (the other way round, a character or two at most pass); Big5, which shows in characters that no text has.
     """
-    kinds = {}  # is UTF-8 -> first such line; a few characters alone don't tell
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isascii():
-                continue
-            try:
-                if len(re.findall("[\u4e00-\u9fff]", line.decode("utf-8"))) > 2:
-                    kinds.setdefault(True, number)
-            except UnicodeDecodeError:
-                kinds.setdefault(False, number)
+    try:
+        encoding, unreadable = detect_encoding(path)[0], None
+    except UserError as error:
+        encoding, unreadable = "", error
+    if encoding == "utf-8-sig":
+        return encoding
+    data, kinds = Path(path).read_bytes(), {}  # is UTF-8 -> first such line; a few characters alone don't tell
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        try:
+            if len(re.findall("[\u4e00-\u9fff]", line.decode("utf-8"))) > 2:
+                kinds.setdefault(True, number)
+        except UnicodeDecodeError:
+            kinds.setdefault(False, number)
     if len(kinds) == 2:
         raise UserError(
             f"{path}: two encodings in one file, GB18030 in line {kinds[False]} and UTF-8 in line {kinds[True]}. "
             "Save each part as UTF-8 and join them again."
         )
+    if unreadable:
+        raise unreadable
+    text = data.decode(encoding)
+    if private := re.search("[\ue000-\uf8ff]", text):
+        line = text.count("\n", 0, private.start()) + 1
+        raise UserError(f"{path}:{line}: not UTF-8, nor Chinese as GB18030: probably Big5. Save the file as UTF-8.")
+    return encoding
 
 
 def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header of a table, and (first line, cells) of each row that is not blank.
 
+    A `.tsv` is taken literally, as ChnSentiCorp and CLUE write it: a line is a row, a quote a character.
+
+    Args:
+        columns: that there must be; the first is the texts'.
+
     Raises:
         UserError: no such column (names those there are), quotes that don't close, or an encoding that can't be read.
     """
-    try:
-        encoding, _ = detect_encoding(path)
-    except UserError:
-        check_one_encoding(path)
-        raise
-    if encoding == "gb18030":
-        check_one_encoding(path)
     csv.field_size_limit(sys.maxsize)
-    rows = []
-    start = 1
-    with open(path, encoding=encoding, newline="") as file:
-        delimiter = find_delimiter(file.readline(), columns[0])
-        file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            for column in columns:
-                if header.count(column) != 1:
-                    raise UserError(
-                        f"{path}: no column {column!r}, or more than one; there are {', '.join(header) or 'none'}. "
-                        "Name yours by --text_column and --label_column."
-                    )
+    encoding, literal = check_encoding(path), path.lower().endswith(".tsv")
+    with open(path, encoding=encoding, newline="\n" if literal else "") as file:
+        if literal:
+            lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
+            table = [(number, line.split("\t")) for number, line in lines if line]
+        else:
+            names = file.readline()
+            marks = [mark for mark in ",\t;" if columns[0] in [name.strip(' "\r\n') for name in names.split(mark)]]
+            delimiter = next((mark for mark in marks if mark in names), ",")
+            file.seek(0)
+            table = read_quoted(path, csv.reader(file, delimiter=delimiter, strict=True))
+    header = [name.strip() for name in table[0][1]] if table else []
+    for column in columns:
+        parts = [part.strip() for part in re.split("[,，;|]", column)]
+        if header.count(column) > 1 or (column not in header and len(parts) > 1 and set(parts) <= set(header)):
+            raise UserError(
+                f"{path}: several columns for {column!r}: multi-label is not supported, a text has one label."
+            )
+        if column not in header:
+            raise UserError(
+                f"{path}: no column {column!r}; there are {', '.join(header) or 'none'}. "
+                "Name yours by --text_column and --label_column."
+            )
+    if not literal:
+        check_quotes(path, table[1:], header.index(columns[0]), delimiter)
+    return header, table[1:]
+
+
+def read_quoted(path: str, reader) -> list[tuple[int, list[str]]]:
+    """(first line, cells) of each row of a CSV; raises UserError with the line of a row whose quotes are broken."""
+    table, start = [], 1
+    try:
+        for cells in reader:
+            if cells:
+                table.append((start, cells))
             start = reader.line_num + 1
-            for cells in reader:
-                if cells:
-                    rows.append((start, cells))
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}:{start}: the row that begins here has broken quotes ({error}).") from None
-    return header, rows
+    except csv.Error as error:
+        raise UserError(f"{path}:{start}: the row that begins here has broken quotes ({error}).") from None
+    return table
+
+
+def check_quotes(path: str, rows: list[tuple[int, list[str]]], text_place: int, delimiter: str) -> None:
+    """Raises UserError for a cell that goes over several lines, two of which could be rows: its quote begins too early.
+
+    A line could be one where every cell but the text has a form that its column has elsewhere, digits being alike.
+    """
+
+    def forms(cells: list[str]) -> list[tuple[int, str]]:
+        shapes = enumerate(re.sub(r"\d+", "0", cell.strip()) for cell in cells)
+        return [(place, shape) for place, shape in shapes if place != text_place]
+
+    spread = [(number, cells) for number, cells in rows if LINE_END.search("".join(cells))]
+    others = [cells for _, cells in rows if not LINE_END.search("".join(cells))] if spread else []
+    known = {(len(cells), *form) for cells in others for form in forms(cells)}
+    for number, cells in spread:
+        lines = [line.split(delimiter) for line in LINE_END.split(delimiter.join(cells))]
+        rows_inside = [
+            line
+            for line in lines
+            if len(line) == len(cells) > 1 and all((len(line), *form) in known for form in forms(line))
+        ]
+        if len(rows_inside) > 1:
+            raise UserError(
+                f"{path}:{number}: a cell that begins here holds {len(rows_inside)} lines that look like rows; a quote "
+                'stands where none belongs. Write it twice ("") within quotes, or save the table as .tsv.'
+            )
+
+
+def write_csv(table: pd.DataFrame, path) -> None:
+    """For Excel and `read_cells`: with this line end Python's csv also quotes a cell with a lone carriage return."""
+    table.to_csv(path, index=False, encoding="utf-8-sig", lineterminator="\r\n")
 
 
 def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
@@ -141,39 +202,23 @@ def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
         UserError: see `read_cells`.
     """
     header, rows = read_cells(path, (text_column, label_column))
-    places = (header.index(text_column), header.index(label_column))
+    text_place, label_place, width = header.index(text_column), header.index(label_column), len(header)
     table = []
     for line, cells in rows:
-        text, label, reason = check_cells(cells, len(header), *places)
+        text = cells[text_place].strip() if len(cells) == width else ""
+        label = clean_label(cells[label_place]) if len(cells) == width else ""
+        reason = "" if text and label else "empty label" if text else "empty text"
+        if len(cells) != width:
+            reason = f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
+        elif len(text) > MAX_CHARACTERS:
+            text, reason = text[:100], f"too long a cell: {len(text)} characters; is a quote missing?"
         table.append((text, label, f"{path}:{line}", reason))
     return pd.DataFrame(table, columns=COLUMNS)
-
-
-def find_delimiter(header: str, text_column: str) -> str:
-    """Comma, tab or semicolon: the one between which the text column's name stands, else the comma."""
-    for delimiter in ",\t;":
-        if text_column in [name.strip().strip('"') for name in header.split(delimiter)] and delimiter in header:
-            return delimiter
-    return ","
 
 
 def clean_label(label: str) -> str:
     """Without space around it; Excel's 1.0 is the label 1."""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", label.strip())
-
-
-def check_cells(cells: list[str], width: int, text_place: int, label_place: int) -> tuple[str, str, str]:
-    """Text, label and what is wrong with a row, if anything."""
-    if len(cells) != width:
-        return "", "", f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
-    text, label = cells[text_place].strip(), clean_label(cells[label_place])
-    if not text:
-        return text, label, "empty text"
-    if not label:
-        return text, label, "empty label"
-    if len(text) > MAX_CHARACTERS:
-        return text[:100], label, f"too long a cell: {len(text)} characters; is a quote missing?"
-    return text, label, ""
 
 
 def sort_labels(labels) -> list[str]:
@@ -182,10 +227,30 @@ def sort_labels(labels) -> list[str]:
     return sorted(labels, key=int) if all(re.fullmatch(r"-?\d+", label) for label in labels) else labels
 
 
-def normalize(text: str) -> str:
-    """What two texts share that a reader would call the same: no case, width, space or punctuation counts."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    return re.sub(r"[\W_]+", "", text) or text.strip()
+def doubt_labels(labels) -> list[str]:
+    """What looks like a slip in the labels, though each is taken for a class of its own, as it is written."""
+    notes, alike = [], {}
+    for label in sort_labels(labels):
+        key = "".join(c for c in unicodedata.normalize("NFKC", label).casefold() if unicodedata.category(c) != "Cf")
+        alike.setdefault(re.sub(r"\s", "", key), []).append(repr(label))
+    if groups := [" / ".join(group) for group in alike.values() if len(group) > 1]:
+        notes.append(f"labels that look alike are different classes: {'; '.join(groups)}")
+    joined = [label for label in sort_labels(labels) if len(re.findall(r"[^|,，;；、]+", label)) > 1]
+    if joined:
+        some = ", ".join(map(repr, joined[:5])) + (", ..." if len(joined) > 5 else "")
+        notes.append(f"labels that join several are classes of their own, multi-label is not supported: {some}")
+    return notes
+
+
+def conflict_form(text: str) -> str:
+    """Texts of one such form and two labels contradict each other: they differ in width and space alone."""
+    return re.sub(INVISIBLE, "", unicodedata.normalize("NFKC", text))
+
+
+def copy_form(text: str) -> str:
+    """Texts of one such form say the same: they differ in case, width, space and sentence marks alone."""
+    text = conflict_form(text).casefold()
+    return re.sub(rf"(?<!\d){MARKS}|{MARKS}(?!\d)", "", text) or text
 
 
 def split_in_blocks(table: pd.DataFrame, shares: dict[str, float], seed: int, num_blocks: int = 100):
@@ -227,22 +292,24 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
     """
     cleaned, removed, elsewhere = {}, [], {}
     for name in reversed(splits):
-        rows = splits[name].copy()
-        rows["key"] = [normalize(text) for text in rows.text]
+        rows = splits[name].assign(split=name)
         usable = rows[rows.reason == ""]
-        num_classes = usable.groupby("key").label.nunique()
-        in_several = usable[usable.key.isin(num_classes.index[num_classes > 1])]
-        classes = in_several.groupby("key").label.unique().map(" and ".join).to_dict()
-        first, reasons = {}, {}
-        for index, key, source in zip(usable.index, usable.key, usable.source, strict=True):
+        forms = usable.text.map(conflict_form)
+        classes = usable.label.groupby(forms).unique()
+        classes = classes[classes.map(len) > 1].map(" and ".join).to_dict()
+        first, reasons, keys = {}, {}, {}
+        for index, text, label, source in zip(usable.index, usable.text, usable.label, usable.source, strict=True):
+            key = copy_form(text)
             if key in elsewhere:
                 reasons[index] = f"in another split as well: {elsewhere[key]}"
-            elif key in classes:
-                reasons[index] = f"in several classes: {classes[key]}"
-            elif first.setdefault(key, source) != source:
-                reasons[index] = f"a copy: of {first[key]}"
+            elif forms[index] in classes:
+                reasons[index] = f"in several classes: {classes[forms[index]]}"
+            elif first.setdefault((key, label), source) != source:
+                reasons[index] = f"a copy: of {first[key, label]}"
+            else:
+                keys[key] = source
         rows["reason"] = [reasons.get(index, reason) for index, reason in rows.reason.items()]
-        removed.append(rows[rows.reason != ""].assign(split=name))
-        cleaned[name] = rows[rows.reason == ""].drop(columns="reason")
-        elsewhere |= dict(zip(cleaned[name].key, cleaned[name].source, strict=True))
+        removed.append(rows[rows.reason != ""])
+        cleaned[name] = rows[rows.reason == ""]
+        elsewhere |= keys
     return {name: cleaned[name] for name in splits}, pd.concat(removed[::-1])

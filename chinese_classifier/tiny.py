@@ -1,7 +1,6 @@
-"""The embedded default: a small classifier that knows, before it is trained, what its training texts alone can tell.
+"""The embedded default: a small ModernBERT whose words and embeddings come from the training texts.
 
-texts -> train_tokenizer (words of up to 4 characters) -> embed_tokens (what stands beside what)
-texts, labels -> fit_ngrams (tf-idf, naive Bayes and logistic regression, the wide part of ngram_modernbert.py)
+texts -> train_tokenizer (words of up to 4 characters) -> embed_tokens (what stands beside what) -> ModernBERT
 """
 
 import hashlib
@@ -15,15 +14,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_model
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression
 from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast
+from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedTokenizerFast
 
 from data import CACHE_DIR
-from ngram_modernbert import NgramModernBertConfig, NgramModernBertForSequenceClassification, hash_ngrams
-from rows import UserError
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
@@ -78,139 +73,48 @@ def embed_tokens(rows: list[list[int]], vocab_size: int, size: int, window: int 
     return torch.tensor(embeddings / embeddings.std() * std, dtype=torch.float32)
 
 
-def spell_out(tokenizer, max_token_characters: int) -> torch.Tensor:
-    """Code points of the characters of each token, then zeros: shape (vocab_size, max_token_characters)."""
-    characters = torch.zeros(len(tokenizer), max_token_characters, dtype=torch.int64)
-    for token, index in tokenizer.get_vocab().items():
-        if token not in SPECIAL_TOKENS.values():
-            characters[index, : len(token)] = torch.tensor([ord(character) for character in token])
-    return characters
-
-
-def count_ngrams(model, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The n-grams of rows of token ids, as (hash, row, how often): three arrays of one length, sorted by hash."""
-    hashes, row_of = [], []
-    for start in range(0, len(rows), 256):
-        ids = pad_sequence([torch.tensor(row) for row in rows[start : start + 256]], batch_first=True)
-        found = hash_ngrams(model.token_characters[ids].flatten(1), model.config.max_ngram).flatten(1).numpy()
-        place = np.nonzero(found)
-        row_of.append(place[0] + start)
-        hashes.append(found[place])
-    pairs = np.stack([np.concatenate(hashes), np.concatenate(row_of)])
-    (hashes, row_of), frequency = np.unique(pairs, axis=1, return_counts=True)
-    return hashes, row_of, frequency
-
-
-def build_table(hashes: np.ndarray, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-gram in each slot (0 for none), and its inverse document frequency: two arrays of shape (size,).
-
-    N-grams of two rows or more are kept; where two meet in a slot, the one of more rows.
-
-    Args:
-        hashes: one for each row that an n-gram is in.
-    """
-    known, document_frequency = np.unique(hashes, return_counts=True)
-    known, document_frequency = known[document_frequency > 1], document_frequency[document_frequency > 1]
-    rare_first = np.argsort(document_frequency, kind="stable")
-    table, idf = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.float32)
-    table[known[rare_first] % size] = known[rare_first]
-    idf[known[rare_first] % size] = np.log((1 + num_rows) / (1 + document_frequency[rare_first])) + 1
-    return table, idf
-
-
-def weigh_ngrams(features, labels: list[int], num_labels: int, inverse_regularisation: float):
-    """Weights and biases that tell each class from the others: shapes (n-grams, num_labels) and (num_labels,).
-
-    Logistic regression on tf-idf, scaled by how much more often the class has the n-gram than the others.
-    Source: Wang and Manning, "Baselines and Bigrams" (2012), with a logistic loss.
-
-    Args:
-        features: tf-idf, a sparse matrix of shape (rows, n-grams); labels: of each row, from 0.
-    """
-    weight, bias = np.zeros((features.shape[1], num_labels)), np.zeros(num_labels)
-    for label in range(num_labels) if num_labels > 2 else [1]:
-        is_label = np.asarray(labels) == label
-        counts = [np.asarray(features[some].sum(0)).ravel() + 0.5 for some in (is_label, ~is_label)]
-        ratio = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
-        fitted = LogisticRegression(C=inverse_regularisation, max_iter=1000)
-        fitted.fit(features @ sparse.diags_array(ratio), is_label)
-        weight[:, label], bias[label] = fitted.coef_[0] * ratio, fitted.intercept_[0]
-    if num_labels == 2:  # one row of weights, of which each class gets half
-        weight, bias = weight[:, 1:] * [-0.5, 0.5], bias[1:] * [-0.5, 0.5]
-    return weight, bias
-
-
-def fit_ngrams(model, rows: list[list[int]], labels: list[int], inverse_regularisation: float) -> None:
-    """Fills the model's n-gram buffers from rows of token ids and their labels."""
-    hashes, row_of, frequency = count_ngrams(model, rows)
-    table, idf = build_table(hashes, model.config.ngram_table_size, len(rows))
-    slots = hashes % len(table)
-    in_table = table[slots] == hashes
-    if not in_table.any():
-        raise UserError("the training texts have not a character in common: the small default needs more of them.")
-    slots, row_of = slots[in_table], row_of[in_table]
-    tf_idf = (1 + np.log(frequency[in_table])) * idf[slots]
-    norm = np.sqrt(np.bincount(row_of, tf_idf**2, len(rows))).clip(1e-6)
-    used, column_of = np.unique(slots, return_inverse=True)
-    features = sparse.csr_matrix((tf_idf / norm[row_of], (row_of, column_of)), shape=(len(rows), len(used)))
-    weight, bias = weigh_ngrams(features, labels, model.config.num_labels, inverse_regularisation)
-    model.ngram_hashes.copy_(torch.from_numpy(table))
-    model.ngram_idf.copy_(torch.from_numpy(idf))
-    model.ngram_weight[used] = torch.tensor(weight, dtype=torch.float32)
-    model.ngram_bias.copy_(torch.tensor(bias))
-
-
-@torch.no_grad()
-def build_tiny_model(texts: list[str], labels: list[str], id2label: dict[int, str], folder: str) -> None:
-    """Saves a tokenizer of these texts, and a ModernBERT of one layer beside a classifier of n-grams.
-
-    Raises:
-        UserError: the texts have no n-gram in common.
-    """
-    label2id = {label: index for index, label in id2label.items()}
+def build_tiny_model(texts: list[str], id2label: dict[int, str], folder: str) -> None:
+    """Saves a tokenizer of these texts, and a ModernBERT of one layer that knows which words are alike."""
     tokenizer = train_tokenizer(texts)
-    rows = tokenizer(texts)["input_ids"]
-    config = NgramModernBertConfig(
+    config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=512,
-        embedding_dropout=0.3,
+        embedding_dropout=0.5,
         mlp_dropout=0.1,
         classifier_dropout=0.3,
         classifier_pooling="mean",
         id2label=id2label,
-        label2id=label2id,
+        label2id={label: index for index, label in id2label.items()},
         pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
-        mask_token_id=tokenizer.mask_token_id,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = NgramModernBertForSequenceClassification(config)
-    embeddings = embed_tokens(rows, config.vocab_size, config.hidden_size)
-    model.get_input_embeddings().weight[:, : embeddings.shape[1]] = embeddings
-    model.token_characters.copy_(spell_out(tokenizer, config.max_token_characters))
-    fit_ngrams(model, rows, [label2id[label] for label in labels], inverse_regularisation=10)
+        model = ModernBertForSequenceClassification(config)
+    embeddings = embed_tokens(tokenizer(texts)["input_ids"], config.vocab_size, config.hidden_size)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, : embeddings.shape[1]] = embeddings
     # model.save_pretrained would write nothing in a process that is not the first of its run.
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 
-def tiny_model_folder(texts: list[str], labels: list[str], id2label: dict[int, str]) -> str:
+def tiny_model_folder(texts: list[str], id2label: dict[int, str]) -> str:
     """Folder of the small classifier for these rows, built by the first process that asks for it."""
-    code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("tiny.py", "ngram_modernbert.py")]
-    identity = json.dumps([texts, labels, id2label, code])
+    identity = json.dumps([texts, id2label, Path(__file__).read_text("utf-8")])
     folder = CACHE_DIR / f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     CACHE_DIR.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
         if not folder.exists():
-            build_tiny_model(texts, labels, id2label, f"{scratch}/complete")
+            build_tiny_model(texts, id2label, f"{scratch}/complete")
             os.rename(f"{scratch}/complete", folder)
     return str(folder)

@@ -21,16 +21,8 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from transformers import IntervalStrategy, ProgressCallback, set_seed
 
-from baseline import load_cross_predictions
 from callbacks import EarlyStopping, SpeedProgress
-from checkpoint import (
-    explain_write_errors,
-    find_checkpoint,
-    hash_model_files,
-    lock_output_dir,
-    share_weights,
-    step_of,
-)
+from checkpoint import explain_write_errors, find_checkpoint, hash_model_files, lock_output_dir, share_weights, step_of
 from data import column, encode_table, hash_table
 from flags import parse_flags
 from model import count_positions, load_model, load_tokenizer
@@ -55,96 +47,61 @@ NOT_TAKEN = {
 }
 
 
+def flag(default, help: str):
+    """A field of a dataclass that is parsed from flags."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        default="tiny", metadata={"help": "Folder or hub id of an encoder; 'tiny' builds a small one on the spot."}
-    )
-    use_lora: bool = field(
-        default=False, metadata={"help": "Train low-rank adapters and the head; the model's own weights stay."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters. Raise it for a task far from the base."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapters' input; 0 for much data."})
+    model_name_or_path: str = flag("tiny", "Folder or hub id of an encoder; 'tiny' builds a small one on the spot.")
+    use_lora: bool = flag(False, "Train low-rank adapters and the head; the model's own weights stay.")
+    lora_r: int = flag(8, "Rank of the adapters. Raise it for a task far from the base.")
+    lora_alpha: int = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = flag(0.1, "Dropout on the adapters' input; 0 for much data.")
     target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that get an adapter, e.g. query value. Fewer of them need less memory."},
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get an adapter, e.g. query value."}
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2; by default the fastest that the model has."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
-    )
+    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2; by default the fastest there is.")
+    trust_remote_code: bool = flag(False, "Run the Python code that comes with the model. Only if you have read it.")
 
 
 @dataclass
 class DataArguments:
-    data_path: str = field(
-        default="reviews", metadata={"help": "A .csv / .tsv, a folder of them, or 'reviews' / 'words' from packages."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels: words or numbers."})
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "Validation rows; without it validation_split is cut off the data."}
-    )
-    test_data_path: str | None = field(
-        default=None, metadata={"help": "Test rows; without it test_split is cut off the data."}
-    )
-    validation_split: float | None = field(
-        default=None, metadata={"help": "Share of data_path to validate on, in contiguous blocks; 0.1 unless given."}
-    )
-    test_split: float | None = field(
-        default=None, metadata={"help": "Share of data_path to test on at the end; 0.1 unless given, 0 for none."}
-    )
-    model_max_length: int = field(
-        default=256, metadata={"help": "Tokens of a text; a longer one is cut at its end. Raise it for long texts."}
-    )
+    data_path: str = flag("reviews", "A .csv / .tsv, a folder of them, or 'reviews' / 'words' from packages.")
+    text_column: str = flag("text", "Column of the texts.")
+    label_column: str = flag("label", "Column of the labels: words or numbers.")
+    eval_data_path: str | None = flag(None, "Validation rows; without it validation_split is cut off the data.")
+    test_data_path: str | None = flag(None, "Test rows; without it test_split is cut off the data.")
+    validation_split: float | None = flag(None, "Share of the rows to validate on, in blocks; 0.1 unless given.")
+    test_split: float | None = flag(None, "Share of the rows to test on at the end; 0.1 unless given, 0 for none.")
+    model_max_length: int = flag(256, "Tokens of a text; a longer one is cut at its end. Raise it for long texts.")
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    output_dir: str = field(default="output", metadata={"help": "Checkpoints, the model and the report."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh where output_dir holds checkpoints, which are removed."}
+    output_dir: str = flag("output", "Checkpoints, the model and the report.")
+    overwrite_output_dir: bool = flag(False, "Start afresh where output_dir holds checkpoints, which are removed.")
+    class_weights: str = flag("none", "none, or balanced: small classes count as much as large ones.")
+    bf16: bool | None = flag(None, "bf16; by default where the GPU has it.")
+    per_device_train_batch_size: int = flag(
+        32, "Rows of the average length in a batch; of longer ones there are fewer."
     )
-    class_weights: str = field(
-        default="none",
-        metadata={"help": "none, or balanced: small classes count as much as large ones."},
-    )
-    distillation_alpha: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the target that an n-gram classifier says who never saw the row; for noisy labels."
-        },
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "bf16; by default where the GPU has it."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Rows of the average length in a batch; of longer ones there are fewer."}
-    )
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "The same, where nothing is trained."})
-    learning_rate: float = field(default=3e-5, metadata={"help": "2e-5 to 5e-5 for all weights, 2e-4 for LoRA."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Raise it where the validation loss rises."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a loss that is not a number."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation rows are measured."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Measure them before the first step, too."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
-    metric_for_best_model: str | None = field(
-        default="macro_f1", metadata={"help": "What the best checkpoint is best in: macro_f1, accuracy or loss."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used here."})
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "No buffer changes here, and the n-grams' are large."}
-    )
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator here."})
+    per_device_eval_batch_size: int = flag(128, "The same, where nothing is trained.")
+    learning_rate: float = flag(3e-5, "2e-5 to 5e-5 for all weights, 2e-4 for LoRA.")
+    warmup_steps: float = flag(0.1, "Steps, or below 1 the share of all steps.")
+    weight_decay: float = flag(0.01, "Raise it where the validation loss rises.")
+    logging_steps: float = flag(10, "Steps between two points of the loss curve.")
+    logging_nan_inf_filter: bool = flag(False, "True hides a loss that is not a number.")
+    eval_strategy: str = flag("epoch", "When the validation rows are measured.")
+    eval_on_start: bool = flag(True, "Measure them before the first step, too.")
+    save_strategy: str = flag("epoch", "When a checkpoint is written.")
+    save_total_limit: int | None = flag(2, "Checkpoints kept: the newest and the best.")
+    metric_for_best_model: str | None = flag("macro_f1", "What the best checkpoint is best in, or accuracy or loss.")
+    early_stopping_patience: int | None = flag(None, "Stop after so many evaluations without a better one.")
+    ddp_find_unused_parameters: bool | None = flag(False, "All parameters are used here.")
+    report_to: str = flag("none", "tensorboard, wandb, swanlab ... where installed.")
+    remove_unused_columns: bool = flag(False, "Left to the collator here.")
 
     def __post_init__(self):
         # >>> hardware
@@ -181,9 +138,8 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
 
 def refuse_flags_without_effect(model_args, data_args, args) -> None:
     """Raises UserError for a flag that would change nothing here, or not what its name says."""
-    defaults = ModelArguments()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
-        if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
+        if not model_args.use_lora and getattr(model_args, name) != getattr(ModelArguments(), name):
             raise UserError(f"--{name} has no effect without --use_lora true.")
     for name, reason in NOT_TAKEN.items():
         if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
@@ -194,22 +150,18 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         name = "num_train_epochs" if args.max_steps else "max_steps"
         raise UserError(f"--{name} {getattr(args, name):g}: nothing would be trained.")
-    if args.class_weights not in ("none", "balanced"):
-        raise UserError(f"--class_weights {args.class_weights}: none or balanced.")
     if args.early_stopping_patience is not None and args.eval_strategy == IntervalStrategy.NO:
         raise UserError("--early_stopping_patience has no effect with --eval_strategy no.")
-    if args.metric_for_best_model not in ("macro_f1", "accuracy", "loss"):
-        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: macro_f1, accuracy or loss.")
+    choices = {"class_weights": ("none", "balanced"), "metric_for_best_model": ("macro_f1", "accuracy", "loss")}
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"--{name} {getattr(args, name)}: is none of {', '.join(known)}.")
 
 
-def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
-    """The texts and labels of each part, the classes by their numbers, and the rows that were removed.
-
-    Raises:
-        UserError: the tables can't be learned from, or a flag needs validation rows and there are none.
-    """
+def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]:
+    """The texts and labels of each part, the classes by their numbers, the rows that were removed, and what to say."""
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
-    tables, removed = load_tables(
+    tables, removed, notes = load_tables(
         data_args.data_path,
         (data_args.text_column, data_args.label_column),
         {name: 0.1 if share is None else share for name, share in shares.items()},
@@ -223,7 +175,7 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object]:
                 "--validation_split or --eval_data_path."
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed
+    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed, notes
 
 
 def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label: dict[int, str]):
@@ -231,8 +183,7 @@ def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label
     if model_args.model_name_or_path == "tiny":
         from tiny import tiny_model_folder
 
-        texts, labels = tables["train"].text.tolist(), tables["train"].label.tolist()
-        model_args.model_name_or_path = tiny_model_folder(texts, labels, id2label)
+        model_args.model_name_or_path = tiny_model_folder(tables["train"].text.tolist(), id2label)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, args, id2label)
     if model.config.pad_token_id is None:
@@ -248,8 +199,8 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
         *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
         *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
-        *("class_weights", "distillation_alpha", "label_smoothing_factor", "metric_for_best_model"),
-        *("neftune_noise_alpha", "full_determinism"),
+        *("class_weights", "label_smoothing_factor", "metric_for_best_model", "neftune_noise_alpha"),
+        "full_determinism",
     )
     deepspeed = args.deepspeed or None
     if isinstance(deepspeed, str):  # else it came from a YAML file
@@ -267,12 +218,6 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
     return json.loads(json.dumps(run))  # as it will be read again
 
 
-def add_soft_labels(rows, texts: list[str], num_labels: int):
-    """The training rows with what the baseline, trained on the others, predicts for each."""
-    predictions = load_cross_predictions(texts, column(rows, "labels").tolist(), num_labels)
-    return rows.add_column("soft_labels", predictions.tolist())
-
-
 def main():
     model_args, data_args, args = parse_arguments()
     with explain_write_errors(args.output_dir):
@@ -285,7 +230,7 @@ def train(model_args, data_args, args) -> None:
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
 
-    tables, id2label, removed = load_data(data_args, args)
+    tables, id2label, removed, notes = load_data(data_args, args)
     model_name = model_args.model_name_or_path
     tokenizer, model = load_tokenizer_and_model(model_args, data_args, args, tables, id2label)
     splits = {name: encode_table(table, model.config.label2id, tokenizer) for name, table in tables.items()}
@@ -298,8 +243,6 @@ def train(model_args, data_args, args) -> None:
     if finished:
         return print(*messages) if is_main_process else None
     args.eval_on_start &= checkpoint is None  # a resumed run measured it before its first step
-    if args.distillation_alpha:
-        splits["train"] = add_soft_labels(splits["train"], tables["train"].text.tolist(), len(id2label))
     trainer = ClassificationTrainer(
         model=model,
         args=args,
@@ -317,7 +260,7 @@ def train(model_args, data_args, args) -> None:
         save_removed(removed, Path(args.output_dir))
         if tokenizer.model_max_length < data_args.model_max_length:
             messages.append(f"the model has positions for {tokenizer.model_max_length} tokens of a text, no more")
-        notes = [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
+        notes += [*messages, *(" ".join(line.split()) for line in describe({}, removed))]
         print_run_summary(trainer, tokenizer, model_name, splits, tables, notes)
 
     transformers.utils.logging.disable_progress_bar()  # of each checkpoint's files, in the midst of the one that counts

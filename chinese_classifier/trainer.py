@@ -2,9 +2,7 @@
 
 import math
 from functools import partial
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,9 +13,10 @@ from transformers import Trainer
 
 from batch import TokenBudgetSampler, collate_padded
 from callbacks import CompleteCheckpoints
+from classification_metrics import score_classes
 from data import IGNORE_INDEX, column
+from rows import UserError
 
-METRICS_FILE = str(Path(__file__).with_name("classification_metrics.py"))
 NOT_FOR_THE_MODEL = ("length", "cut")
 
 
@@ -38,7 +37,7 @@ class ClassificationTrainer(Trainer):
     - `predict_logits`, `evaluate`: each validation row exactly once, whatever rank has it
 
     Raises:
-        FloatingPointError: the loss is not a number.
+        UserError: the loss is not a number, or more than a hundred times that of guessing.
     """
 
     def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
@@ -46,7 +45,6 @@ class ClassificationTrainer(Trainer):
         super().__init__(*args, data_collator=partial(collate_padded, tokenizer=kwargs["processing_class"]), **kwargs)
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
-        self.metrics_of = evaluate.load(METRICS_FILE, keep_in_memory=True)
         self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
         self.args.save_total_limit = None  # the stock rotation removes the old before the new one is complete
 
@@ -87,20 +85,18 @@ class ClassificationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the examples of the global batch, of which this rank adds its share.
 
-        A target is the label, mixed with `soft_labels` where there are any (Hinton et al., "Distilling the Knowledge in
-        a Neural Network", 2015), then smoothed.
-
         Args:
             num_items_in_batch: examples over all ranks and accumulation steps.
         """
-        labels, soft_labels = inputs.pop("labels"), inputs.pop("soft_labels", None)
-        logits = model(**inputs).logits.float()
-        targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
-        if soft_labels is not None:
-            targets = torch.lerp(targets, soft_labels, self.args.distillation_alpha)
-        smoothing = self.args.label_smoothing_factor
-        losses = F.cross_entropy(logits, targets, self.class_weights, reduction="none", label_smoothing=smoothing)
-        loss = losses[labels != IGNORE_INDEX].sum()
+        labels = inputs.pop("labels")
+        loss = F.cross_entropy(
+            model(**inputs).logits.float(),
+            labels,
+            self.class_weights,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
         # Gradients are averaged over the ranks, so each share is as many times larger.
         return loss / num_items_in_batch * self.args.world_size
 
@@ -121,10 +117,7 @@ class ClassificationTrainer(Trainer):
     def measure(self, logits: np.ndarray, labels: np.ndarray) -> dict:
         """Loss (plain cross-entropy, nats a row), and what classification_metrics.py measures."""
         loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-        scores = self.metrics_of.compute(
-            predictions=logits.argmax(1), references=labels, num_labels=self.model.config.num_labels
-        )
-        return {"loss": loss, **scores}
+        return {"loss": loss, **score_classes(labels, logits.argmax(1), self.model.config.num_labels)}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss, accuracy and macro-F1 over all validation rows."""
@@ -144,6 +137,9 @@ class ClassificationTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Tensors become their numbers, since trainer_state.json can't hold them."""
         logs = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in logs.items()}
-        if not math.isfinite(logs.get("loss", logs.get("eval_loss", 0))):
-            raise FloatingPointError("the loss is not a number: lower --learning_rate, or use bf16 in place of fp16")
+        loss, guessing = logs.get("loss", logs.get("eval_loss", 0)), math.log(self.model.config.num_labels)
+        if not loss <= 100 * guessing:
+            raise UserError(
+                f"a loss of {loss:.3g}, where guessing has {guessing:.2f}: lower --learning_rate, or use bf16, not fp16"
+            )
         super().log(logs, start_time)

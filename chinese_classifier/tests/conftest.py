@@ -81,13 +81,33 @@ def classifier_folder(bert_config, tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def ngram_folder(tmp_path_factory) -> str:
-    """The embedded default, built from 200 reviews but not trained: its n-grams know good and bad ones."""
+def telling_folder(bert_config, tokenizer, tmp_path_factory) -> str:
+    """A Bert that was trained on 320 reviews until it knew good ones from bad ones."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model, folder = BertForSequenceClassification(bert_config), tmp_path_factory.mktemp("telling")
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    rows = make_reviews(320, seed=8)
+    for start in [*range(0, 320, 32)] * 4:
+        texts, labels = zip(*rows[start : start + 32], strict=True)
+        numbers = torch.tensor([bert_config.label2id[label] for label in labels])
+        model(**tokenizer(list(texts), padding=True, return_tensors="pt"), labels=numbers).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """The embedded default, built from 200 reviews but not trained."""
     from tiny import build_tiny_model
 
-    texts, labels = zip(*make_reviews(200), strict=True)
-    folder = str(tmp_path_factory.mktemp("ngrams"))
-    build_tiny_model(list(texts), list(labels), {0: "差评", 1: "好评"}, folder)
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    build_tiny_model([text for text, _ in make_reviews(200)], {0: "差评", 1: "好评"}, folder)
     return folder
 
 

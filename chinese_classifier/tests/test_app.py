@@ -1,6 +1,7 @@
 """The API over real HTTP: scores, refusals, requests that are classified together, and places that are freed."""
 
 import contextlib
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ def serve(application):
 @pytest.fixture(scope="module")
 def server(loaded):
     application = app.create_app(
-        *loaded, "tiny", KEY, max_texts=20, max_characters=100, max_queue=2, max_body_bytes=20_000
+        *loaded, "tiny", KEY, max_texts=20, max_characters=100, max_queue=2, max_body_bytes=20_000, max_body_seconds=0.5
     )
     with serve(application) as address:
         yield SimpleNamespace(address=address, state=application.state)
@@ -78,7 +79,7 @@ def wait_until(condition, seconds: float = 5) -> None:
 
 
 def test_many_texts_and_one(loaded, client):
-    expected = predict_probabilities(*loaded, TEXTS)
+    expected, _ = predict_probabilities(*loaded, TEXTS)
     answer = client.post("/classify", json={"texts": TEXTS}).json()
     assert answer["model"] == "tiny" and len(answer["results"]) == 12
     for row, result in zip(expected, answer["results"], strict=True):
@@ -98,7 +99,7 @@ def test_requests_that_wait_are_classified_together(loaded, client, busy):
         busy.release.set()
         answers = [request.result().json()["results"] for request in (first, *others)]
     assert [len(batch) for batch in busy.batches] == [1, 4]
-    expected = predict_probabilities(*loaded, TEXTS)
+    expected, _ = predict_probabilities(*loaded, TEXTS)
     got = [[result["scores"]["好评"] for result in results] for results in answers]
     assert got == [pytest.approx(expected[part, 0].tolist(), abs=1e-5) for part in ([0], [2, 3], [4, 5])]
 
@@ -161,11 +162,36 @@ def test_bad_requests_are_told_why(body, status, reason, client):
 
 
 def test_the_key_is_asked_for(client):
-    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}):
-        answer = client.post("/classify", json={"texts": "天"}, headers=headers)
-        assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
+    for given in ("", "Bearer wrong", KEY, f"Basic {KEY}"):
+        for answer in (
+            client.post("/classify", json={"texts": "天"}, headers={"Authorization": given}),
+            client.get("/openapi.json", headers={"Authorization": given}),
+        ):
+            assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
     assert client.get("/health", headers={"Authorization": ""}).json() == {"status": "ok"}
     assert client.get("/nothing").status_code == 404
+
+
+def test_the_api_describes_itself(client):
+    document = client.get("/openapi.json").json()
+    operation = document["paths"]["/classify"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["texts"] and operation["security"] == [{"HTTPBearer": []}]
+    assert document["components"]["schemas"]["Result"]["properties"].keys() == {"label", "probability", "scores", "cut"}
+
+
+def test_a_text_that_is_too_long_says_that_it_was_cut(client):
+    results = client.post("/classify", json={"texts": ["天", "地" * 90]}).json()["results"]
+    assert [result["cut"] for result in results] == [False, True]
+
+
+def test_a_body_that_never_comes_is_not_waited_for(server):
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST /classify HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n{{"
+        connection.sendall(head.encode())
+        answer = connection.makefile().read()  # until the server closes
+    assert answer.startswith("HTTP/1.1 408") and "did not come within 0.5 s" in answer
 
 
 def test_a_public_address_needs_a_key():

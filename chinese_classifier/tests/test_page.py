@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def address(ngram_folder):
+def address(telling_folder):
     """The page as the command line serves it, but in the background."""
     launch, pages = gr.Blocks.launch, []
 
@@ -35,7 +35,7 @@ def address(ngram_folder):
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gr.Blocks, "launch", launch_in_background)
-        main([ngram_folder, "--port", str(port)])
+        main([telling_folder, "--port", str(port)])
     yield f"http://127.0.0.1:{port}/"
     pages[0].close()
 
@@ -77,6 +77,9 @@ def test_a_text_gets_its_scores_and_its_words(form):
     assert form.get_by_placeholder("输入文本").input_value() == ""
     form.get_by_role("button", name="分类", exact=True).click()
     form.get_by_text("请先输入文本。").wait_for()
+    form.get_by_placeholder("输入文本").fill("天地欢喜玄黄宇宙" * 300)
+    form.get_by_role("button", name="分类", exact=True).click()
+    form.get_by_text("文本超过 64 个词元，后面的没有读。只解释前 2000 个字。").wait_for()
 
 
 def test_a_whole_table_is_classified_and_can_be_downloaded(form, tmp_path):
@@ -95,7 +98,7 @@ def test_a_whole_table_is_classified_and_can_be_downloaded(form, tmp_path):
     assert (result.predicted[:30] == result.label[:30]).mean() > 0.9 and pd.isna(result.predicted[30])
     form.get_by_label("文本所在的列").fill("无此列")
     form.get_by_role("button", name="开始").click()
-    form.get_by_text("no column '无此列', or more than one; there are text, label").wait_for()
+    form.get_by_text("no column '无此列'; there are text, label").wait_for()
 
 
 def test_a_model_that_is_not_there_ends_with_one_line(tmp_path):

@@ -70,7 +70,6 @@ def test_another_setting_or_table_is_another_run(encoder_folder, data_file, tmp_
     for changed, reason in (
         (["--learning_rate", "1e-3"], "learning_rate was"),
         (["--class_weights", "balanced"], "class_weights was none, is balanced"),
-        (["--distillation_alpha", "0.3"], "distillation_alpha was 0.0, is 0.3"),
         (["--model_max_length", "16"], "model_max_length was"),
     ):
         with pytest.raises(UserError, match=f"another run: {reason}"):
