@@ -225,14 +225,16 @@ class PairBatchSampler(Sampler[list[int]]):
             return pairs.tolist()
         members = {}
         for pair, group in zip(pairs.tolist(), self.groups[pairs].tolist(), strict=True):
-            members.setdefault(group or pair, []).append(pair)  # a group stands where its first member came
-        waiting, order, space = deque(members.values()), [], self.global_size
+            members.setdefault(group or pair, []).append(pair)
+        members = list(members.values())  # where its first member came, a large group would come early
+        waiting = deque(members[place] for place in rng.permutation(len(members)))
+        order, space = [], self.global_size
         while waiting:
             ahead = range(min(len(waiting), self.LOOK_AHEAD))
             place = next((i for i in ahead if len(waiting[i]) <= space), None)
             taken = waiting.popleft() if place is None else waiting[place]
             if place is None:  # nothing fits any more: a group is cut
-                waiting.appendleft(taken[space:])
+                waiting.append(taken[space:])  # last, or it would cut the next group in turn
                 taken = taken[:space]
             else:
                 del waiting[place]

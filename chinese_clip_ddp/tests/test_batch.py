@@ -147,7 +147,7 @@ def test_every_pair_once_an_epoch_in_equal_shares(pairs, batch_size, ranks):
 
 @pytest.mark.parametrize(
     ("sizes", "singles", "cut"),
-    [([4] * 20, 0, 0), ([4] * 9 + [3] * 5 + [2] * 3, 30, 0), ([5] * 12, 0, 3), ([40], 7, 1), ([16] * 3, 1, 0)],
+    [([4] * 20, 0, 0), ([4] * 9 + [3] * 5 + [2] * 3, 30, 0), ([5] * 12, 0, 3), ([40], 7, 1), ([16] * 3, 0, 0)],
     ids=["fours", "mixed", "fives", "larger than a batch", "whole batches"],
 )
 def test_groups_stay_in_one_global_batch_where_they_fit(sizes, singles, cut):
@@ -160,6 +160,16 @@ def test_groups_stay_in_one_global_batch_where_they_fit(sizes, singles, cut):
         batch_of = {pair: place // 16 for place, pair in enumerate(order)}
         spread = [len({batch_of[i] for i, group in enumerate(groups) if group == f"g{n}"}) for n in range(len(sizes))]
         assert sum(batches > 1 for batches in spread) == cut
+
+
+def test_families_and_single_pairs_are_mixed_all_through_an_epoch():
+    groups = [f"family {number // 4}" for number in range(2000)] + [""] * 2000
+    batches = list(PairBatchSampler(groups, 200, 1, 0, seed=0))
+    in_families = [sum(row < 2000 for row in batch) for batch in batches]
+    large = PairBatchSampler([f"g{number // 16}" for number in range(160)] + [""], 8, 2, 0, seed=0)
+    cut = [len({place // 16 for place, pair in enumerate(large.order()) if pair // 16 == group}) for group in range(10)]
+    assert sum(batches > 1 for batches in cut) <= 1  # one at most for the single pair
+    assert len(batches) == 20 and all(60 < count < 140 for count in in_families), in_families
 
 
 def test_an_epoch_of_a_loader_with_workers_is_the_same_and_an_empty_share_passes(pairs):
