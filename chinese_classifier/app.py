@@ -10,11 +10,9 @@ The way of a request: read_request (limits) -> a queue -> classify_waiting: all 
 classified together, sorted by length -> the scores of each class.
 """
 
-import argparse
 import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import sys
@@ -26,11 +24,19 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
-from infer import load_trained_model, predict_probabilities, rank_classes
+from infer import load_trained_model, model_parser, predict_probabilities, rank_classes
 from rows import UserError
 
+LIMITS = {
+    "max_texts": 256,  # in one request, and about as many in one batch
+    "max_characters": 20_000,  # in one text
+    "max_queue": 64,  # requests that may wait while others are served; those beyond get 429
+    "max_body_bytes": 4 << 20,
+    "max_body_seconds": 30,
+}
 router = APIRouter()
 log = logging.getLogger("uvicorn.error")
 
@@ -103,18 +109,12 @@ async def read_request(request: Request) -> list[str]:
         message = f"the body did not come within {state.max_body_seconds:g} s"
         raise api_error(408, message, code="body_timeout") from None
     try:
-        fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False).encode()  # fails for a lone surrogate, which is no text
-    except (ValueError, RecursionError) as error:
-        raise api_error(400, f"the body is no JSON: {error}", code="invalid_json") from None
-    if not isinstance(fields, dict):
-        raise api_error(400, "the body is no JSON object", code="invalid_json")
-    try:
-        texts = ClassifyRequest.model_validate(fields).texts
+        texts = ClassifyRequest.model_validate_json(body.removeprefix(b"\xef\xbb\xbf")).texts  # a BOM
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"])
-        raise api_error(400, f"{param}: {first['msg']}", param, "invalid_value") from None
+        param = ".".join(map(str, first["loc"]))
+        message = f"{param or 'the body is no JSON object'}: {first['msg']}"
+        raise api_error(400, message, param or None, "invalid_value" if param else "invalid_json") from None
     if len(texts) > state.max_texts:
         raise api_error(400, f"{len(texts)} texts, at most {state.max_texts} are accepted in a request", "texts")
     for number, text in enumerate(texts):
@@ -194,24 +194,13 @@ async def health() -> dict:
     return {"status": "ok"}
 
 
-def create_app(
-    model,
-    tokenizer,
-    model_name: str,
-    api_key: str | None = None,
-    max_texts: int = 256,
-    max_characters: int = 20_000,
-    max_queue: int = 64,
-    max_body_bytes: int = 4 << 20,
-    max_body_seconds: float = 30,
-) -> FastAPI:
+def create_app(model, tokenizer, model_name: str, api_key: str | None = None, **limits) -> FastAPI:
     """The API of one classifier.
 
     Args:
         model, tokenizer: from `infer.load_trained_model`.
         api_key: where given, /classify and /openapi.json want `Authorization: Bearer <api_key>`.
-        max_texts: in one request, and about as many in one batch; max_characters: in one text.
-        max_queue: requests that may wait while others are served; those beyond get 429.
+        limits: in place of those in LIMITS.
     """
 
     @asynccontextmanager
@@ -227,12 +216,8 @@ def create_app(
     app.include_router(router)
     for error in (HTTPException, 404, 405, ClientDisconnect, Exception):
         app.add_exception_handler(error, send_error)
-    state = app.state
-    state.model, state.tokenizer = model, tokenizer
-    state.model_name = model_name
-    state.api_key = api_key
-    state.max_texts, state.max_characters = max_texts, max_characters
-    state.max_queue, state.max_body_bytes, state.max_body_seconds = max_queue, max_body_bytes, max_body_seconds
+    own = {"model": model, "tokenizer": tokenizer, "model_name": model_name, "api_key": api_key}
+    app.state = State(own | LIMITS | limits)
     return app
 
 
@@ -247,15 +232,15 @@ def check_host(host: str, api_key: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
+    parser = model_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs API_KEY")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model_name", help="name in the API; by default the last part of the folder's name")
-    parser.add_argument("--max_texts", type=int, default=256, help="texts in one request")
-    parser.add_argument("--max_characters", type=int, default=20_000, help="characters in one text")
-    parser.add_argument("--max_queue", type=int, default=64, help="requests that may wait; those beyond get 429")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    parser.add_argument("--max_texts", type=int, default=LIMITS["max_texts"], help="texts in one request")
+    parser.add_argument("--max_characters", type=int, default=LIMITS["max_characters"], help="characters in one text")
+    parser.add_argument(
+        "--max_queue", type=int, default=LIMITS["max_queue"], help="requests that may wait; more get 429"
+    )
     args = parser.parse_args(argv)
 
     import uvicorn
@@ -267,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(str(error))
     name = args.model_name or Path(args.model).resolve().name
-    app = create_app(model, tokenizer, name, api_key, args.max_texts, args.max_characters, args.max_queue)
+    limits = {name: value for name, value in vars(args).items() if name in LIMITS}
+    app = create_app(model, tokenizer, name, api_key, **limits)
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)
 
 

@@ -46,15 +46,11 @@ def fit_baseline(table: pd.DataFrame) -> Pipeline:
 def score_baseline(tables: dict[str, pd.DataFrame]) -> dict[str, dict]:
     """Part -> the scores of a model of the training rows on its validation and test rows."""
     model, ids = fit_baseline(tables["train"]), {label: i for i, label in enumerate(sort_labels(tables["train"].label))}
-
-    def number(labels) -> np.ndarray:
-        return np.array([ids[label] for label in labels])
-
-    parts = {name: table for name, table in tables.items() if name != "train"}
-    return {
-        name: score_classes(number(table.label), number(model.predict(table.text)), len(ids))
-        for name, table in parts.items()
-    }
+    scores = {}
+    for name in [name for name in tables if name != "train"]:
+        labels, predicted = tables[name].label, pd.Series(model.predict(tables[name].text))
+        scores[name] = score_classes(labels.map(ids).to_numpy(), predicted.map(ids).to_numpy(), len(ids))
+    return scores
 
 
 def main():

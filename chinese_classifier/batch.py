@@ -26,10 +26,8 @@ def cut_by_tokens(lengths: np.ndarray, num_parts: int) -> np.ndarray:
 class TokenBudgetSampler(Sampler[list[int]]):
     """Assigns the examples of an epoch to steps of nearly as many tokens each: few long examples, or many short ones.
 
-    A step has as many tokens as `batch_size` examples of the average length have, times the ranks and the accumulation.
-    Which examples share a step depends on that product alone: 1 rank with batch 8, 2 ranks with 4 and 1 rank with 4 x 2
-    train on the same ones. A step with fewer examples than ranks leaves some batches empty; `collate_padded` makes
-    those harmless.
+    A step has the tokens of `batch_size` examples of the average length, times the ranks and the accumulation, and the
+    same examples wherever that product is the same. One with fewer than there are ranks leaves some batches empty.
 
     Args:
         lengths: tokens of each example, shape (examples,).

@@ -1,5 +1,6 @@
 """Rows of text -> token ids and the number of their class, tokenised once and cached by content."""
 
+import copy
 import hashlib
 import json
 import os
@@ -50,26 +51,22 @@ def encode_texts(batch: dict, tokenizer, label2id: dict[str, int]) -> dict:
 def encode_table(table: pd.DataFrame, label2id: dict[str, int], tokenizer) -> Dataset:
     """The rows of `encode_texts` in the order of the table: the first process to come makes them, the others read them.
 
-    Rows live in memory-mapped Arrow files. The cache's name is a hash of all that decides what is in it.
+    Rows live in a memory-mapped Arrow file. Its name is a hash of all that decides what is in it.
     """
     content = [hash_table(table), hash_tokenizer(tokenizer), label2id, Path(__file__).read_text("utf-8")]
-    folder = CACHE_DIR / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     CACHE_DIR.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
-        if not folder.exists():
-            rows = Dataset.from_pandas(table[["text", "label"]], preserve_index=False)
-            encoded = rows.map(
-                encode_texts,
-                batched=True,
-                fn_kwargs={"tokenizer": tokenizer, "label2id": label2id},
-                remove_columns=["text", "label"],
-                num_proc=min(os.cpu_count(), len(rows) // 50_000) or None,
-                new_fingerprint=folder.name,
-                desc="tokenize",
-            )
-            encoded.save_to_disk(f"{scratch}/complete")
-            os.rename(f"{scratch}/complete", folder)
-    return Dataset.load_from_disk(folder)
+    with FileLock(CACHE_DIR / f"{name}.lock"):
+        return Dataset.from_pandas(table[["text", "label"]], preserve_index=False).map(
+            encode_texts,
+            batched=True,
+            fn_kwargs={"tokenizer": copy.deepcopy(tokenizer), "label2id": label2id},  # cutting texts changes it
+            remove_columns=["text", "label"],
+            num_proc=min(os.cpu_count(), len(table) // 50_000) or None,
+            cache_file_name=str(CACHE_DIR / f"{name}.arrow"),
+            new_fingerprint=name,
+            desc="tokenize",
+        )
 
 
 def column(rows: Dataset, name: str) -> np.ndarray:

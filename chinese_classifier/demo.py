@@ -6,7 +6,6 @@
 The way of a text: page -> classify_text (predict_probabilities and explain of infer.py) -> page.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from infer import (
     classify_table,
     explain,
     load_trained_model,
+    model_parser,
     predict_probabilities,
     rank_classes,
     read_texts,
@@ -100,11 +100,9 @@ def build_demo(model, tokenizer, title: str = "中文文本分类演示"):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
+    parser = model_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
     parser.add_argument("--port", type=int, default=7860, help="port of the page")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
     try:
         model, tokenizer = load_trained_model(args.model, args.trust_remote_code)

