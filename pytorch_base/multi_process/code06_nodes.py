@@ -18,12 +18,25 @@ import os
 import socket
 import sys
 
+import psutil
 import torch
 import torch.distributed as dist
 
 
+def find_interface(address: str) -> str:
+    """The network interface that leads to `address`.
+
+    Left to itself gloo asks what address the machine's own name has, and in containers, Debian and Ubuntu /etc/hosts
+    says 127.0.x.1, where no other machine can reach it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
+        unsent.connect((address, 9))
+        own = unsent.getsockname()[0]
+    return next(name for name, found in psutil.net_if_addrs().items() if own in {one.address for one in found})
+
+
 def join() -> torch.device:
-    """gloo stays on the loopback interface while the whole job is on one machine."""
+    """Over the loopback interface if the whole job is on one machine, else over the one that leads to the first."""
     torch.set_num_threads(1)
     on_one_machine = os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
     ranks_here = os.environ["WORLD_SIZE" if on_one_machine else "LOCAL_WORLD_SIZE"]
@@ -32,8 +45,9 @@ def join() -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if on_one_machine:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
+    interface = find_interface(os.environ["MASTER_ADDR"])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     dist.init_process_group("nccl" if cuda else "gloo")
     return device
 

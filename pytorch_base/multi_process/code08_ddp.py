@@ -1,8 +1,8 @@
-"""Buckets, overlap, DDP: four ways to average the gradients of the same training, with their times beside each other.
+"""Buckets, overlap, DDP: five ways to average the gradients of the same training, with their times beside each other.
 
-Why: each all-reduce costs a fixed time whatever its size, so gradients travel in buckets; and the last layers' are
-there long before the first layers', so their bucket can travel while the backward pass goes on. A hook on each
-parameter says when its gradient is there. This is how DistributedDataParallel works (Li et al. 2020, arXiv:2006.15704).
+Why: each all-reduce costs a fixed time whatever its size, so gradients travel in buckets. The last layers' are there
+first and can travel while the backward pass goes on; hooks say when. This is how DistributedDataParallel works (Li et
+al. 2020, arXiv:2006.15704). Its gradients are copies of its buckets, or views with gradient_as_bucket_view=True.
 
     bash run_code08.sh
 """
@@ -34,7 +34,7 @@ class Averager:
     """Averages gradients bucket by bucket: each as soon as it is full (overlap), or all after the backward pass."""
 
     def __init__(self, buckets: list[list[torch.nn.Parameter]], overlap: bool):
-        self.buckets, self.overlap, self.begun, self.flying = buckets, overlap, 0, []
+        self.buckets, self.overlap, self.begun, self.flying, self.buffers = buckets, overlap, 0, [], set()
         self.arrived = [0] * len(buckets)
         for number, bucket in enumerate(buckets):
             for parameter in bucket:
@@ -47,15 +47,14 @@ class Averager:
 
     def send(self, number: int) -> None:
         flat = torch.cat([parameter.grad.flatten() for parameter in self.buckets[number]]) / dist.get_world_size()
-        self.flying.append((number, flat, dist.all_reduce(flat, async_op=True)))
+        self.flying.append((self.buckets[number], flat, dist.all_reduce(flat, async_op=True)))
         self.begun += 1
 
     def finish(self) -> None:
         for number in range(len(self.buckets)) if not self.overlap else []:
             self.send(number)
-        for number, flat, work in self.flying:
+        for bucket, flat, work in self.flying:
             work.wait()
-            bucket = self.buckets[number]
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad.copy_(part.view_as(parameter))
         self.flying, self.arrived = [], [0] * len(self.buckets)
@@ -63,21 +62,23 @@ class Averager:
 
 def count_all_reduce(averager: Averager, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     averager.begun += 1
+    averager.buffers.add(bucket.buffer().untyped_storage().data_ptr())
     return allreduce_hook(None, bucket)
 
 
-def train(way: str, device: torch.device) -> tuple[int, int, float, torch.Tensor]:
-    """All-reduces a step, how many had begun when the first layer's gradient came, ms a step, and the weights."""
+def train(way: str, device: torch.device) -> tuple[int, int, float, torch.Tensor, int]:
+    """All-reduces a step, how many had begun when the first layer's gradient came, ms a step, weights, and views."""
     torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())]
     model = torch.nn.Sequential(*layers).to(device)
     parameters, early, times = list(model.parameters()), [], []
+    optimizer = torch.optim.SGD(parameters, lr=1)
     parameters[0].register_post_accumulate_grad_hook(lambda _: early.append(averager.begun))
     size = 1 if way == "each gradient" else PER_BUCKET
     buckets = [parameters[::-1][start : start + size] for start in range(0, len(parameters), size)]  # last layer first
-    averager = Averager([] if way == "DDP" else buckets, overlap=way == "buckets, by hooks")
-    if way == "DDP":
-        model = DistributedDataParallel(model, bucket_cap_mb=0.25)
+    averager = Averager([] if "DDP" in way else buckets, overlap=way == "buckets, by hooks")
+    if "DDP" in way:
+        model = DistributedDataParallel(model, bucket_cap_mb=0.25, gradient_as_bucket_view=way == "DDP, views")
         model.register_comm_hook(averager, count_all_reduce)
     for step in range(STEPS):
         torch.manual_seed(1 + step * dist.get_world_size() + dist.get_rank())  # each rank has rows of its own
@@ -86,30 +87,31 @@ def train(way: str, device: torch.device) -> tuple[int, int, float, torch.Tensor
         begin, averager.begun = time.perf_counter(), 0
         (model(inputs) - inputs).square().mean().backward()
         averager.finish()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter -= parameter.grad
-                parameter.grad.zero_()  # DDP's gradients are views of its buckets, so they stay
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # views of DDP's buckets have to stay
         dist.barrier()
         times.append(1000 * (time.perf_counter() - begin))
-    return averager.begun, early[-1], sorted(times)[STEPS // 2], torch.cat([p.detach().flatten() for p in parameters])
+    views = sum(parameter.grad.untyped_storage().data_ptr() in averager.buffers for parameter in parameters)
+    weights = torch.nn.utils.parameters_to_vector(parameters).detach()
+    return averager.begun, early[-1], sorted(times)[STEPS // 2], weights, views
 
 
 def main() -> None:
     if "RANK" not in os.environ:
         sys.exit("error: this lesson needs torchrun to start it: bash run_code08.sh")
     device, rank = join(), int(os.environ["RANK"])
-    rows = {way: train(way, device) for way in ("each gradient", "buckets, after", "buckets, by hooks", "DDP")}
+    ways = ["each gradient", "buckets, after", "buckets, by hooks", "DDP", "DDP, views"]
+    rows = {way: train(way, device) for way in ways}
     apart = {way: (row[3] - rows["DDP"][3]).abs().max().item() for way, row in rows.items()}
-    each, after, hooks, ddp = rows.values()
-    assert max(apart.values()) < 1e-6 and each[:2] == (2 * LAYERS, 0) and after[1] == 0 and hooks[1] > 0 and ddp[1] > 0
+    each, late, soon, ddp, view = rows.values()
+    assert max(apart.values()) < 1e-6 and each[0] == view[4] and each[1] == late[1] == ddp[4] == 0 < soon[1] * ddp[1]
     if rank == 0:
         print(f"{dist.get_world_size()} ranks, {ddp[3].nbytes:,} bytes of gradients, {PER_BUCKET} gradients a bucket")
-        print("all-reduce of ...     a step  begun early  ms a step  off DDP by")
-        for way, (begun, early, milliseconds, _) in rows.items():
-            print(f"{way:20} {begun:>7} {early:>12} {milliseconds:>10.1f}  {apart[way]:.1e}")
-        worst = max(apart.values())
-        print(f"proof: {each[0]} all-reduces became {hooks[0]}, {hooks[1]} begun early; off DDP by {worst:.1e}")
+        print("all-reduce of ...     a step  begun early  ms a step  views of buckets  off DDP by")
+        for way, (begun, early, milliseconds, _, views) in rows.items():
+            print(f"{way:20} {begun:>7} {early:>12} {milliseconds:>10.1f} {views:>17}  {apart[way]:.1e}")
+        print(f"proof: {each[0]} all-reduces became {soon[0]}, {soon[1]} begun early; off DDP by ", end="")
+        print(f"{max(apart.values()):.1e}; {ddp[4]} gradients are views of its buckets, {view[4]} if asked for")
     dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
 """Ring attention: each rank has a slice of the sequence; keys and values travel round, the softmax is built up online.
 
 Why: with long sequences, neither one sequence's activations nor its scores [T, T] fit on a device. Each rank keeps its
-queries; after WORLD - 1 steps it has met all keys, a slice of them and a block of scores at a time, however many ranks
-there are (Liu et al. 2023, arXiv:2310.01889). The running maximum and sum are those of the online softmax (Milakov and
-Gimelshein 2018, arXiv:1805.02867). In the backward pass the keys' and values' gradients travel with them.
+queries; after WORLD - 1 steps it has met all keys, a slice and a block of scores at a time (Liu et al. 2023,
+arXiv:2310.01889). The running maximum and sum are those of the online softmax (Milakov and Gimelshein 2018,
+arXiv:1805.02867). Keys' and values' gradients travel with them. The last rank has most to do: code13_zigzag.py.
 
     python code13_ring_attention.py
 """

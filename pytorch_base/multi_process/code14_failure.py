@@ -1,9 +1,10 @@
 """Failure: one rank dies, or hangs, in the middle of the work; what the other ranks see, and after how long.
 
 Why: a collective waits for all. With gloo a dead rank's closed connections are an error at once, a rank that hangs is
-one only after the time-out: 30 minutes, unless a group is made with another. (NCCL notices neither before its time-out
-of 10 minutes; then a watchdog ends the process.) `monitored_barrier` says who is missing. Always on the CPU, since the
-errors are gloo's. How to go on after a failure is in code14_restart.py.
+one only after the time-out: 30 minutes, unless a group is made with another. (With NCCL a death may show as an error,
+where the ranks talk over sockets or InfiniBand, or may not, over NVLink or shared memory; a hang never does. A watchdog
+looks for errors, and ends the process at the latest after the time-out, 10 minutes.) `monitored_barrier` says who is
+missing. Always on the CPU, since the errors are gloo's. How to go on after a failure is in code14_restart.py.
 
     python code14_failure.py
 """

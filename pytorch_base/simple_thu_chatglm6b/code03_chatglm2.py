@@ -23,17 +23,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + CONFIG["layernorm_epsilon"])
 
 
-def rotate_pairs(x: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: torch.Tensor, base: float, divisor: float) -> torch.Tensor:
     """Rotates pairs (0, 1), (2, 3) ... of half a head by position times angle; x: [tokens, heads, head_dim]."""
     half = x.shape[-1] // 2
-    angles = torch.outer(torch.arange(len(x)), 10000.0 ** (-torch.arange(0, half, 2) / half))[:, None]
+    angles = torch.outer(torch.arange(len(x)) / divisor, base ** (-torch.arange(0, half, 2) / half))[:, None]
     even, odd = x[..., 0:half:2], x[..., 1:half:2]
     turned = torch.stack([even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()], -1)
     return torch.cat([turned.flatten(-2), x[..., half:]], -1)
 
 
-def chatglm2_forward(weights: dict[str, torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of one sequence [tokens]."""
+def chatglm2_forward(weights: dict, input_ids: torch.Tensor, base=10000.0, divisor=1.0) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one sequence [tokens].
+
+    For long contexts ChatGLM3 multiplies `base` by its `rope_ratio`, ChatGLM2 divides positions by it.
+    """
     heads, groups, head = CONFIG["num_attention_heads"], CONFIG["multi_query_group_num"], CONFIG["kv_channels"]
     x = weights["transformer.embedding.word_embeddings.weight"][input_ids]
     for layer in range(CONFIG["num_layers"]):
@@ -41,7 +44,7 @@ def chatglm2_forward(weights: dict[str, torch.Tensor], input_ids: torch.Tensor) 
         packed = rms_norm(x, part["input_layernorm.weight"]) @ part["self_attention.query_key_value.weight"].T
         packed = packed + part["self_attention.query_key_value.bias"]
         q, k, v = packed.view(len(x), -1, head).split([heads, groups, groups], dim=1)
-        q, k = rotate_pairs(q), rotate_pairs(k)
+        q, k = rotate_pairs(q, base, divisor), rotate_pairs(k, base, divisor)
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))  # a group serves neighbouring heads
         scores = torch.einsum("qhd,khd->hqk", q, k) / head**0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)

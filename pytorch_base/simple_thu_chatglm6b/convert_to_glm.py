@@ -10,6 +10,7 @@ ChatGLM-6B, the first one, is another model (`code04_prefix_lm.py`) and is refus
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, Tokenizer
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from rows import UserError
+from sentencepiece_bpe import check_tokenizer, fast_tokenizer, read_sentencepiece
 
 # Ids from the end of the vocabulary on, in this order (ChatGLM2 has the first five only). sop and eop get GLM-4's
 # names: as they were, they would be found inside of words.
@@ -47,23 +50,27 @@ EXPECTED = {
     "apply_residual_connection_post_layernorm": (False, "GLM-4's class adds to what came into the norm"),
     "post_layer_norm": (True, "GLM-4's class ends with a norm"),
     "add_bias_linear": (False, "GLM-4's class has no biases but those of query, key and value"),
-    "rope_ratio": (
-        1,
-        "is it GLM-4? Its -hf release needs no conversion. ChatGLM3 with long contexts divides positions",
-    ),
     "tie_word_embeddings": (False, "ChatGLM2 and ChatGLM3 have an output layer of their own"),
     "quantization_bit": (0, "its weights are packed integers; convert the release in half precision"),
     "pre_seq_len": (None, "it has a trained prefix, which GLM-4's class doesn't read"),
 }
 NEEDED = {"padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "kv_channels"}
 NEEDED |= {"layernorm_epsilon", "add_qkv_bias", "attention_dropout", "seq_length"}
-PROBES = [
-    "你好，世界！",
-    "  two  spaces\n\n\ttab",
-    "鑫淼𠮷🙂 ½",
-    "[Round 1]\n\n问：1+1=?\n\n答：2",
-    "def f(x):\n    return x",
-]
+
+
+def has_roles(folder: Path) -> bool:
+    """Whether it is ChatGLM3; raises UserError where the file that tells it from ChatGLM2 is missing."""
+    if not (folder / "tokenization_chatglm.py").is_file():
+        raise UserError(
+            f"{folder}: there is no tokenization_chatglm.py in it. Download the whole folder; no code of it is run."
+        )
+    return "<|assistant|>" in (folder / "tokenization_chatglm.py").read_text("utf-8")
+
+
+def read_rope(ratio: float, roles: bool) -> dict:
+    """Rope parameters: for long contexts ChatGLM3 multiplies the base by `rope_ratio`, ChatGLM2 divides positions."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio if roles else 10000.0, "partial_rotary_factor": 0.5}
+    return rope if roles or ratio == 1 else rope | {"rope_type": "linear", "factor": float(ratio)}
 
 
 def read_config(folder: Path) -> GlmConfig:
@@ -101,7 +108,7 @@ def read_config(folder: Path) -> GlmConfig:
         attention_dropout=old["attention_dropout"],
         max_position_embeddings=old["seq_length"],
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        rope_parameters=read_rope(old.get("rope_ratio", 1), has_roles(folder)),
         bos_token_id=None,
         eos_token_id=None,  # known with the tokenizer
         pad_token_id=None,
@@ -198,54 +205,53 @@ def convert_weights(source: Path, target: Path, config: GlmConfig) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
 
 
-def fast_tokenizer(processor: SentencePieceProcessor) -> Tokenizer:
-    """A SentencePiece BPE as a fast tokenizer: what merges first is the piece with the better score."""
-    scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(len(processor))}
-    vocab = {piece: number for number, piece in enumerate(scores)}
-    merges = [
-        (-score, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
-    merges = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
-    fast = Tokenizer(models.BPE(vocab, merges, unk_token=processor.id_to_piece(0), fuse_unk=True, byte_fallback=True))
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return fast
+def check_joined(fast: Tokenizer, proto: ModelProto, processor: SentencePieceProcessor, marked: set[str]) -> None:
+    """Raises UserError where pieces of the vocabulary that stand side by side get other ids than from SentencePiece.
+
+    A piece is the first of a text, without its space, then one of eight, and a user-defined one beside another.
+    """
+    pieces = [piece for piece in proto.pieces if piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)]
+    defined = [piece.piece.replace("▁", " ") for piece in pieces if piece.type == piece.USER_DEFINED]
+    texts = [piece.piece.replace("▁", " ") for piece in pieces]
+    random.Random(0).shuffle(texts)
+    joined = [text.removeprefix(" ") for text in texts]
+    joined += ["".join(texts[start : start + 8]) for start in range(0, len(texts), 8)]
+    joined += [text for one, two in zip(defined, texts, strict=False) for text in (one + two, two + one, one + one)]
+    joined = [text for text in joined if not any(mark in text for mark in marked)]
+    ours, theirs = fast.encode_batch(joined, add_special_tokens=False), processor.encode(joined)
+    for text, one, other in zip(joined, ours, theirs, strict=True):
+        if one.ids != other:
+            raise UserError(f"tokenizer.model: {text!r} gives {one.ids}, SentencePiece {other}. Not converted.")
 
 
-def convert_tokenizer(source: Path) -> PreTrainedTokenizerFast:
+def convert_tokenizer(source: Path, roles: bool) -> PreTrainedTokenizerFast:
     """The tokenizer with its control tokens and chat template, checked against SentencePiece's own ids.
 
     Raises:
-        UserError: a file is missing, or the two tokenise a probe differently.
+        UserError: a file is missing, or the two tokenise a probe or a piece of the vocabulary differently.
     """
-    for name in ("tokenizer.model", "tokenization_chatglm.py"):
-        if not (source / name).is_file():
-            raise UserError(f"{source}: there is no {name} in it. Download the whole folder; no code of it is run.")
-    has_roles = "<|assistant|>" in (source / "tokenization_chatglm.py").read_text("utf-8")
     try:
-        processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
-    except RuntimeError:
-        raise UserError(
-            f"{source}/tokenizer.model: no SentencePiece model. Is it what git clone left there (git lfs pull), or "
-            "GLM-4's (its -hf release needs no conversion)?"
-        ) from None
-    fast = fast_tokenizer(processor)
-    for probe in PROBES:
-        if (ours := fast.encode(probe).ids) != (theirs := processor.encode(probe)):
-            raise UserError(f"{source}/tokenizer.model: {probe!r} gives {ours}, SentencePiece {theirs}. Not converted.")
-    added = CONTROL_TOKENS + (ROLE_TOKENS if has_roles else [])
+        proto, processor = read_sentencepiece(source / "tokenizer.model")
+    except UserError as error:
+        raise UserError(f"{error} GLM-4's -hf release needs no conversion.") from None
+    marks = {
+        number: AddedToken(piece.piece, normalized=False, special=True)
+        for number, piece in enumerate(proto.pieces)
+        if piece.type in (piece.CONTROL, piece.UNKNOWN)
+    }
+    fast = fast_tokenizer(proto, processor, marks)
+    # Taken whole are user-defined pieces only: another that equals a text may be none that SentencePiece would merge.
+    fast.model.ignore_merges &= any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
+    check_tokenizer(fast, proto, processor, marks)
+    check_joined(fast, proto, processor, {mark.content for mark in marks.values()})
+    added = CONTROL_TOKENS + (ROLE_TOKENS if roles else [])
     fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        unk_token=processor.id_to_piece(0),
-        eos_token="</s>",
-        pad_token=processor.id_to_piece(0),
-        chat_template=CHATGLM3_TEMPLATE if has_roles else CHATGLM2_TEMPLATE,
+        unk_token=processor.id_to_piece(processor.unk_id()),
+        eos_token=processor.id_to_piece(processor.eos_id()),
+        pad_token=processor.id_to_piece(processor.unk_id()),
+        chat_template=CHATGLM3_TEMPLATE if roles else CHATGLM2_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -255,7 +261,7 @@ def convert(source: Path, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is not an empty folder. Name another one, or remove it first.")
     config = read_config(source)
-    tokenizer = convert_tokenizer(source)
+    tokenizer = convert_tokenizer(source, has_roles(source))
     ends = [token for token in ("</s>", "<|user|>", "<|observation|>") if token in tokenizer.get_vocab()]
     config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
     config.pad_token_id = tokenizer.pad_token_id

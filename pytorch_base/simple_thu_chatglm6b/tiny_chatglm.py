@@ -17,8 +17,13 @@ CONFIG = {
 TEXTS = [f"{a}{b}，今天天气很好，我们去公园散步。{a} says hello to {b}!" for a in "你我他她它" for b in "天地人和水火"]
 
 
-def write_checkpoint(folder: Path, roles: bool = True, **changed) -> dict[str, torch.Tensor]:
-    """A folder as ChatGLM3-6B's is (without `roles`: ChatGLM2-6B's), with random weights, which are returned."""
+def write_checkpoint(folder: Path, roles=True, pieces: dict | None = None, **changed) -> dict[str, torch.Tensor]:
+    """A folder as ChatGLM3-6B's is (without `roles`: ChatGLM2-6B's), with random weights, which are returned.
+
+    Args:
+        pieces: settings of SentencePiece's trainer that ChatGLM's own hasn't.
+        changed: settings of the model.
+    """
     config = CONFIG | changed
     hidden, inner, head = config["hidden_size"], config["ffn_hidden_size"], config["kv_channels"]
     heads, groups = config["num_attention_heads"], config["multi_query_group_num"]
@@ -48,10 +53,13 @@ def write_checkpoint(folder: Path, roles: bool = True, **changed) -> dict[str, t
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "tokenization_chatglm.py").write_text('["<|user|>", "<|assistant|>"]' if roles else "", "utf-8")
-    model, options = io.BytesIO(), {"byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2}
+    model, options = (
+        io.BytesIO(),
+        {"vocab_size": 400, "byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2},
+    )
     SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", vocab_size=400,
-        normalization_rule_name="identity", **options,
+        sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
+        normalization_rule_name="identity", **options | (pieces or {}),
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return weights

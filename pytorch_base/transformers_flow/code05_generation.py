@@ -66,7 +66,7 @@ def generate(model, input_ids: torch.Tensor, do_sample: bool, **settings) -> tup
 
 
 def beam_search(model, input_ids: torch.Tensor) -> torch.Tensor:
-    """One prompt [1, length] -> the best of BEAMS finished texts, by log p per new token."""
+    """One prompt [1, length] -> the best of BEAMS finished texts, by log p per new token; by the sum 在。 would win."""
     beams, scores, finished = input_ids, torch.zeros(1), []
     for step in range(1, MAX_NEW_TOKENS + 1):
         totals = scores[:, None] + model(beams).logits[:, -1].log_softmax(-1)  # [beams, vocabulary]
@@ -87,7 +87,8 @@ def beam_search(model, input_ids: torch.Tensor) -> torch.Tensor:
 
 model, vocabulary = train_tiny_model()
 torch.set_grad_enabled(False)
-prompt = torch.tensor([[vocabulary.index(character) for character in "今天"]])
+prompts = {text: torch.tensor([[vocabulary.index(character) for character in text]]) for text in ("今天", "在", "她")}
+prompt = prompts["今天"]
 METHODS = {
     "greedy": {"do_sample": False},
     "repetition_penalty": {"do_sample": False, "repetition_penalty": 1.5},
@@ -109,8 +110,10 @@ for name, settings in METHODS.items():
         gap, count = max(gap, (probabilities - torch.cat(theirs.scores).softmax(-1)).abs().max().item()), count + 1
         print("", "".join(vocabulary[i] for i in ids[0]), end="")
     print()
-beams = beam_search(model, prompt)
-theirs = model.generate(prompt, num_beams=BEAMS, early_stopping=True, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-print(f"{'beam':18}", "".join(vocabulary[i] for i in beams[0]))
-assert torch.equal(beams, theirs) and gap < 1e-5
-print(f"proof: {count + 1} texts have the ids of model.generate, probabilities differ by at most {gap:.1e}")
+settings = {"num_beams": BEAMS, "early_stopping": True, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+for prompt in prompts.values():
+    beams, count = beam_search(model, prompt), count + 1
+    assert torch.equal(beams, model.generate(prompt, **settings))
+    print(f"{'beam':18}", "".join(vocabulary[i] for i in beams[0]))
+assert gap < 1e-5
+print(f"proof: {count} texts have the ids of model.generate, probabilities differ by at most {gap:.1e}")

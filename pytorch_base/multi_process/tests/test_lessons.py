@@ -29,7 +29,7 @@ ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PA
 ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 # What the lessons import; torch.optim and DDP import the second when they are first used.
 MODULES = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
-MODULES += ["torch.distributed.tensor.parallel"]
+MODULES += ["torch.distributed.tensor.parallel", "torch.distributed.pipelining"]
 # All three ways to start a process, and the lessons' usual one with shared memory.
 AS_TYPED = ("bash", "python code01", "python code02")
 # Command -> what has to be printed. A group is a number, and its bound stands behind: it has to be below.
@@ -77,9 +77,19 @@ SHOWN = {
         (r"proof: after 15 steps 2 ranks differ from one process by (\S+); ", 1e-12),
         r"with the mean of means they would by \d\.\de-0[123]\n",
     ],
+    "python code07_sampler.py": [
+        r" 0 +0 1 5 4 \| 6 3 2 0 +0 1 5 4 \| 6 3 2 0 +0 1 5 \| 6 3 2 *\n +1 +2 3 6 5 \| 4 0 1 2 +0 1 5 4 \| 6 3 2 0 ",
+        r"epoch 0: row 0 twice, with drop_last no row 4; mean 2\.625, in truth 3\.000\n",
+        (r"proof: 3 orders with set_epoch, 1 without; 7 rows read 8 times, or 6; .*\[4, 3\] .* within (\S+) ", 1e-12),
+    ],
     "bash run_code08.sh": [
         r"each gradient +48 +0 .*\nbuckets, after +6 +0 .*\nbuckets, by hooks +6 +5 .*\nDDP +\d+ +[1-9]",
-        (r"proof: 48 all-reduces became 6, 5 begun early; off DDP by (\S+)\n", 1e-6),
+        r"\nDDP +6 +5 +\S+ +0 .*\nDDP, views +6 +5 +\S+ +48 ",
+        (r"proof: 48 .* 6, 5 begun early; off DDP by (\S+); 0 gradients are views of its buckets, 48 if", 1e-6),
+    ],
+    "python code08_no_sync.py": [
+        r"sync each .*\[1, 2, 3, 4\].*\nno_sync .*\[0, 0, 0, 1\].*\nbackward .*\[1, 2, 3, 4\].*\n.* by 3\.0e\+00\n",
+        (r"proof: 4 all-reduces became 1, and stay 4 if only backward .* within (\S+) of", 1e-12),
     ],
     "python code09_zero.py": [
         r"DDP +after backward +131,072 +131,072 +262,144 +524,288  all_reduce, in buckets\n",
@@ -100,16 +110,33 @@ SHOWN = {
         r"parameters on a rank: 280 of 552; all-reduces by hand: forward backward\n",
         (r"proof: output and all gradients within (\S+) by hand, (\S+) by torch\n", 1e-12, 1e-12),
     ],
+    "python code11_device_mesh.py": [
+        r" 0 +\(0, 0\) +101 +11 +101 +11 +64 of 256 .*\n.*\n +2 +\(1, 0\) +101 +1100 +101 +1100 +64 of 256 ",
+        (
+            r"proof: 4 ranks have the sums of hand-made groups, each 1/4 of a matrix; .* within (\S+) of one process\n",
+            1e-12,
+        ),
+    ],
     "python code12_pipeline.py": [
         r"stage 2 [A-Fa-f.]+ keeps 6\n",
         r"stage 2 [A-Fa-f.]+ keeps 1\n",
         r"bubble \d+\.\d%; \(p - 1\) / \(m \+ p - 1\) = 25\.0%\n",
         (r"proof: gradients within (\S+) of .*{'GPipe': \[6, 6, 6\], '1F1B': \[3, 2, 1\]}\n", 1e-12),
     ],
+    "python code12_schedules.py": [
+        r"GPipe +stage 2 FFFFFFBBBBBB keeps 6\n1F1B +stage 0 FFFBFBFBFBBB keeps 3\n",
+        r"\n1F1B +stage 2 FBFBFBFBFBFB keeps 1\n",
+        (r"proof: loss and gradients within (\S+) of .*{'GPipe': \[6, 6, 6\], '1F1B': \[3, 2, 1\]}\n", 1e-12),
+    ],
     "python code13_ring_attention.py": [
         r"bytes of scores at a time: 8,192; in full 73,728\n",
         r" 0  0 .*\n +1  1 0 .*\n +2  2 1 0 ",
         (r"proof: output and gradients within (\S+) of full attention, with 1/9 of its scores in memory\n", 1e-5),
+    ],
+    "python code13_zigzag.py": [
+        r"contiguous: 18 blocks, as slow as 10 .*\n(.*\n){3} +2 +\(4, 5\) +2\.0 +4\.0 +4\.0 +10\.0\n",
+        r"zig-zag: 18 blocks, as slow as 6 .*\n.*\n +0 +\(0, 5\) +2\.0 +2\.0 +2\.0 +6\.0\n",
+        (r"proof: output within (\S+) of full attention; .* all steps 10 and 6 blocks long\n", 1e-5),
     ],
     "python code14_failure.py": [
         r"rank 2 dies; exit codes \[1, 1, 13\]\n  rank 0 after .* s: (?!none|Timed out).*\n",
@@ -123,14 +150,22 @@ SHOWN = {
         r"proof: 1 restart, from step 6 of 10; weights and momentum are equal bit for bit\n",
     ],
 }
-# Lesson -> what is broken in it.
-BROKEN = {
-    "code07_data_parallel.py": ("own = rows[rank::WORLD]", "own = rows[0::WORLD]"),
-    "code09_zero.py": ('calls.append("reduce_scatter")\n', 'calls.append("reduce_scatter")\n    full = full * WORLD\n'),
-    "code11_tensor_parallel.py": ("        dist.all_reduce(gradient)\n", ""),
-    "code12_pipeline.py": ("/ MICRO if rank", "/ 1 if rank"),
-    "code13_ring_attention.py": ("output = output * shrink +", "output = output +"),
-}
+# Lesson and what is broken in it.
+BROKEN = [
+    ("code07_data_parallel.py", "own = rows[rank::WORLD]", "own = rows[0::WORLD]"),
+    ("code07_sampler.py", "            sampler.set_epoch(epoch)\n", "            pass\n"),
+    ("code07_sampler.py", ".sum(0) / WORLD\n", ".mean(0)\n"),
+    ("code08_no_sync.py", 'model.no_sync() if quiet and way != "backward alone"', 'model.no_sync() if way == "-"'),
+    ("code09_zero.py", 'calls.append("reduce_scatter")\n', 'calls.append("reduce_scatter")\n    full = full * WORLD\n'),
+    ("code11_device_mesh.py", 'mesh_dim_names=("data", "tensor")', 'mesh_dim_names=("tensor", "data")'),
+    ("code11_device_mesh.py", 'mesh.get_local_rank("data")', 'mesh.get_local_rank("tensor")'),
+    ("code11_tensor_parallel.py", "        dist.all_reduce(gradient)\n", ""),
+    ("code12_pipeline.py", "/ MICRO if rank", "/ 1 if rank"),
+    ("code12_schedules.py", "WORLD - stage - 1", "WORLD - stage"),
+    ("code13_ring_attention.py", "output = output * shrink +", "output = output +"),
+    ("code13_zigzag.py", "(rank, 2 * WORLD - 1 - rank)", "(rank, WORLD + rank)"),
+    ("code13_zigzag.py", "output[i] * shrink +", "output[i] +"),
+]
 
 
 @pytest.fixture
@@ -146,12 +181,12 @@ def server():
     server.close()
 
 
-def start(command: str, folder: Path, **variables: str) -> subprocess.Popen:
+def start(command: str, folder: Path, *prefix: str, **variables: str) -> subprocess.Popen:
     """Starts a command of the readme from another folder, with a mark that all its processes inherit."""
     program, file = command.split()
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable if program == "python" else program, str(folder / file)],
+        [*prefix, sys.executable if program == "python" else program, str(folder / file)],
         cwd=folder.parent,
         env=ENVIRONMENT | {"RUN_MARK": mark} | variables,
         stdout=subprocess.PIPE,
@@ -259,10 +294,46 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def test_two_nodes_form_one_job(folder):
-    port = free_port()
-    second = start("bash run_code062.sh", folder, MASTER_PORT=port)  # may come first: it waits
-    first = start("bash run_code061.sh", folder, MASTER_PORT=port)
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture(params=["one machine", "127.0.0.1", "127.0.1.1"])
+def machines(request):
+    """What runs a command on each of two machines, and the first one's address.
+
+    They are network namespaces joined by a cable, where the machine's own name leads to the parameter, as in containers
+    and on Debian; where the system allows none, both are this machine.
+    """
+    if request.param == "one machine":
+        yield [[], []], "127.0.0.1"
+        return
+    names = [f"lesson-{os.getpid()}-{node}" for node in (0, 1)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True) if shutil.which("ip") else None
+        pytest.skip(f"no network namespaces here ({error})")
+    for node, name in enumerate(names):
+        ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"cable{node}")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", f"cable{node}", "up")
+        Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
+        Path("/etc/netns", name, "hosts").write_text(f"127.0.0.1 localhost\n{request.param} {os.uname().nodename}\n")
+    yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1"
+    for name in names:
+        ip("netns", "delete", name)
+        shutil.rmtree(f"/etc/netns/{name}")
+
+
+def test_two_nodes_form_one_job(folder, machines):
+    (first_on, second_on), address = machines
+    variables = {"MASTER_ADDR": address, "MASTER_PORT": free_port()}
+    second = start("bash run_code062.sh", folder, *second_on, **variables)  # may come first: it waits
+    first = start("bash run_code061.sh", folder, *first_on, **variables)
     texts = [finish(first), finish(second)]
     assert (first.returncode, second.returncode) == (0, 0), texts
     for node, text in enumerate(texts):
@@ -282,9 +353,9 @@ def test_node_that_waits_for_the_other_ends_on_ctrl_c(folder):
     assert process.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("lesson", BROKEN)
-def test_broken_lesson_fails(lesson, folder, server):
-    path, (right, wrong) = folder / lesson, BROKEN[lesson]
+@pytest.mark.parametrize(("lesson", "right", "wrong"), BROKEN)
+def test_broken_lesson_fails(lesson, right, wrong, folder, server):
+    path = folder / lesson
     assert path.read_text().count(right) == 1
     path.write_text(path.read_text().replace(right, wrong))
     status, text = run_warm(lesson, folder, server)

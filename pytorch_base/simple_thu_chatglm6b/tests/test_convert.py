@@ -10,8 +10,12 @@ import torch
 from ranks import losses, train_here
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import convert_to_glm
+import sentencepiece_bpe
 from code03_chatglm2 import chatglm2_forward
 from conftest import RECIPE, make_conversations, write_rows
 from convert_to_glm import convert
@@ -138,10 +142,96 @@ def test_pickled_shards_are_read_as_tensors_only(tmp_path):
     assert torch.equal(model.model.layers[1].self_attn.k_proj.bias, groups)
 
 
+@pytest.mark.parametrize(("roles", "how"), [(True, {"base": 500000.0}), (False, {"divisor": 50.0})])
+def test_long_contexts_have_their_rope(roles, how, tmp_path):
+    """As modeling_chatglm.py of ChatGLM3-6B-32K and of ChatGLM2-6B-32K."""
+    weights = write_checkpoint(tmp_path / "old", roles=roles, rope_ratio=50)
+    convert(tmp_path / "old", tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    input_ids = torch.randint(0, 512, (200,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids[None]).logits[0]
+    torch.testing.assert_close(logits, chatglm2_forward(weights, input_ids, **how), atol=1e-5, rtol=0)
+    assert (logits - chatglm2_forward(weights, input_ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_that_were_defined_by_hand_are_those_of_sentencepiece(prefix, tmp_path):
+    defined = ["<eoh>", "天气", "[X]", "▁x▁"]
+    pieces = {"user_defined_symbols": defined, "add_dummy_prefix": prefix, "vocab_size": 360}
+    write_checkpoint(tmp_path / "old", pieces=pieces)
+    convert(tmp_path / "old", tmp_path / "new")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "old" / "tokenizer.model"))
+    texts = ["", " ", "<eoh>", "a<eoh>b", "<eoh> 今天<eoh>天气", "今天天气很好", "[X][X]\n x ", "says x hello", "🙂[X]"]
+    vocabulary = [
+        processor.id_to_piece(number).replace("▁", " ")
+        for number in range(3, len(processor))
+        if not processor.is_byte(number)
+    ]
+    texts += vocabulary + [f"{one}{two}" for one in defined for two in vocabulary]
+    texts += [f"{two}{one}天" for one in defined for two in vocabulary]
+    for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        assert ids == processor.encode(text), text
+        assert tokenizer.decode(ids) == processor.decode(ids), text
+    assert processor.piece_to_id("天气") in tokenizer("今天天气很好")["input_ids"]
+
+
+def test_a_piece_that_nothing_merges_into_is_never_found(tmp_path):
+    write_checkpoint(tmp_path / "old")
+    model = tmp_path / "old" / "tokenizer.model"
+    proto = ModelProto.FromString(model.read_bytes())
+    names = [piece.piece for piece in proto.pieces]
+    leaf = max(i for i, name in enumerate(names) if len(name) > 1 and sum(name in longer for longer in names) == 1)
+    proto.pieces[leaf].piece = "▁天地玄黄"
+    model.write_bytes(proto.SerializeToString())
+    convert(tmp_path / "old", tmp_path / "new")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "new")("天地玄黄", add_special_tokens=False)["input_ids"]
+    assert ids == SentencePieceProcessor(model_file=str(model)).encode("天地玄黄") and len(ids) > 1
+
+
+WRONG = {  # what is only so joined is a split after 20 characters, which no piece has
+    "alone": lambda fast: fast.add_tokens([AddedToken("says", normalized=False)]),
+    "joined": lambda fast: setattr(fast, "pre_tokenizer", pre_tokenizers.FixedLength(20)),
+}
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_a_tokenizer_that_would_differ_is_not_written(where, tmp_path, monkeypatch):
+    right = convert_to_glm.fast_tokenizer
+
+    def wrong(*given):
+        fast = right(*given)
+        WRONG[where](fast)
+        return fast
+
+    write_checkpoint(tmp_path / "old")
+    monkeypatch.setattr(sentencepiece_bpe, "PROBES", [])
+    monkeypatch.setattr(convert_to_glm, "fast_tokenizer", wrong)
+    with pytest.raises(UserError, match="tokenizer.model: '.*' gives .*, SentencePiece .* Not converted"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_chatglm2s_past_answers_carry_one_token_more(tmp_path):
+    """The original's chat leaves the space before a past answer out, which the training has."""
+    write_checkpoint(tmp_path / "old", roles=False)
+    convert(tmp_path / "old", tmp_path / "new")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "old" / "tokenizer.model"))
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好的"}] * 2
+    ids = tokenizer.apply_chat_template(turns + turns[:1], return_dict=False)[2:]
+    original = (
+        "".join(f"[Round {number}]\n\n问：你好\n\n答：好的\n\n" for number in (1, 2)) + "[Round 3]\n\n问：你好\n\n答："
+    )
+    assert len(ids) == len(processor.encode(original)) + 2 and processor.decode(ids) == original.replace(
+        "答：好", "答： 好"
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"rope_ratio": 500}, "rope_ratio is 500, not 1: is it GLM-4"),
         ({"multi_query_attention": False}, "multi_query_attention is False"),
         ({"quantization_bit": 4}, "its weights are packed integers"),
         ({"model_type": "glm"}, r"no ChatGLM2-6B or ChatGLM3-6B. GLM-4 .* needs no conversion"),

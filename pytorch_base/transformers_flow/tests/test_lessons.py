@@ -18,7 +18,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYT
 # What the lessons import, and what the library imports when it is first used.
 MODULES = ["torch", "torch._dynamo", "transformers.models.qwen2.modeling_qwen2", "transformers.generation"]
 MODULES += ["transformers.trainer", "peft"]
-AS_TYPED = ["code01_tokenizers", "code01_unigram", "code03_attention"]
+MODULES += ["transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers.models.bert.modeling_bert"]
+AS_TYPED = ["code01_tokenizers", "code01_unigram", "code01_wordpiece", "code03_attention"]
 SMALL = r"(0\.0e\+00|\d\.\de-(0[6-9]|[1-9]\d))"  # below 1e-5
 # What a lesson prints, in this order. Numbers in the proof are pinned where no other machine can have others.
 SHOWN = {
@@ -28,8 +29,13 @@ SHOWN = {
     ],
     "code01_unigram": [
         r"94 pieces, log-likelihood by EM step:  -559\.17  -510\.89  -508\.72\n85 pieces",
-        r"\n江边\|的人\|喜\|欢\|散\|步\n",
-        r"proof: each of 4 EM steps raised the likelihood, by 48\.28 to 0\.00\d+; 11 cuts equal the library's; 1\.28 ",
+        r"\n江边\|的人\|喜\|欢\|散\|步\n(.*\n)+江\|边\|的船\n",
+        r"proof: each of 4 EM steps .*, by 48\.28 to 0\.00\d+, .* within \de-1\d; 12 cuts equal the library's; 1\.28 ",
+    ],
+    "code01_wordpiece": [
+        r"\ntraining a tokenizer in 2019 ! -> train ##ing a token ##ize ##r in 2019 \[UNK\]\n",
+        r"\ntraintraintraintrain -> train ##train ##train ##train\ntraintraintraintraintrain -> \[UNK\]\n",
+        r"proof: 40 pieces of 21 words equal the library's, 7 of them \[UNK\]",
     ],
     "code02_embeddings_rotary": [
         r"猫 at 10 and at 17 has the same row: True",
@@ -43,6 +49,14 @@ SHOWN = {
         r"4 of 4 heads .* 12,288 bytes to keep\n2 of 4 heads .* 6,144 .*\n1 of 4 heads .* 3,072 ",
         rf"proof: 12 cases differ by at most {SMALL} \(eager\) {SMALL} \(sdpa\) {SMALL} \(F\.scaled_dot",
     ],
+    "code03_flash_attention": [
+        r"tiles +keeps +412,800 .*\nat once +keeps +987,200 .*\nlibrary +keeps +412,800 ",
+        rf"proof: output and gradients .* library's by {SMALL}; 15 of 25 tiles, each 1/17 of the scores; ",
+    ],
+    "code04_mixture_of_experts": [
+        r"a token is computed with 9,472 of 37,120 parameters",
+        rf"proof: output, loss and gradients .* by {SMALL}; 26% .* has [34]\.\d times its share, with the loss 1\.\d",
+    ],
     "code04_qwen2": [
         r"tied True: 38 tensors, 112,448 numbers, lm_head in the file: False",
         r"tied False: 39 tensors, 113,472 numbers, lm_head in the file: True",
@@ -50,12 +64,17 @@ SHOWN = {
     ],
     "code05_generation": [
         r"greedy +今天\S+\nrepetition_penalty +今天\S+\ntemperature +今天\S+ 今天\S+ 今天\S+\n",
-        r"beam +今天\S+\n",
-        rf"proof: 15 texts have the ids of model\.generate, probabilities differ by at most {SMALL}",
+        r"beam +今天\S+\nbeam +在河边钓鱼。■\nbeam +她",
+        rf"proof: 17 texts have the ids of model\.generate, probabilities differ by at most {SMALL}",
     ],
     "code05_kv_cache": [
         r"cache of 148 tokens: 151,552 bytes; .* = 151,552\n",
         rf"proof: 128 ids .* equal the library's, .* by {SMALL}; 151,552 bytes as by the formula, [\d.]+ times as fast",
+    ],
+    "code06_chat_packing": [
+        r"learns '十二个月<\|im_end\|>三个月<\|im_end\|>'\n",
+        r"padded +213 tokens, loss (\d\.\d{4}).*\npacked +127 tokens, loss \1.*\npacked, mask by hand +127 .* \1",
+        rf"proof: .* 3 chats equal the library's; packed, 40% fewer tokens, gradients within {SMALL}; off by \d\d% if ",
     ],
     "code06_loss": [
         r"一年有几个月？十二个 -> 月\n",
@@ -67,6 +86,11 @@ SHOWN = {
         r"whole +: loss \S+ at most \d,\d{3},\d{3} bytes alive\nin chunks: loss \S+ at most \d,\d{3},\d{3} bytes alive",
         r"the logits alone have 1,949,696 bytes, a chunk of them 262,144\n",
         rf"proof: in chunks of 16 tokens .* by {SMALL}, gradients by {SMALL}, with 4\.\d times less memory at the peak",
+    ],
+    "code06_masked_lm": [
+        r"of 36,000 tokens 1[45]\.\d% are chosen; (79|8[01])\.\d% of them masked, (9|10)\.\d% as they were\n",
+        r"\n他在\[MASK\]里钓鱼 -> 河\n他在\[MASK\]里跑步 -> 雨\n",
+        rf"proof: 48,000 masked ids and labels equal the library's, its losses differ by {SMALL}; .* 河/雨 ",
     ],
     "code07_lora": [
         r"loss of ours: +(\d\.\d\d\d).*\nloss of PEFT's: +\1",
@@ -108,6 +132,23 @@ SHOWN = {
     ],
 }
 
+# Lesson and what is broken in it.
+BROKEN = [
+    ("code01_unigram", "math.log(count / total)", "2 * math.log(count / total)"),
+    ("code01_unigram", "count / total)", "count**2 / sum(n**2 for n in counts.values()))"),
+    ("code01_unigram", "min(scores.values()) - 10", "min(scores.values()) - 1"),
+    ("code01_wordpiece", "begin : max(fits)", "begin : min(fits)"),
+    ("code03_flash_attention", "output[:, queries] * shrink +", "output[:, queries] +"),
+    ("code03_flash_attention", " - shared[:, queries])", ")"),
+    ("code04_mixture_of_experts", "EXPERTS * (share *", "EXPERTS * (share**2 *"),
+    ("code04_mixture_of_experts", "weights / weights.sum(-1, keepdim=True) if renormalise else weights", "weights"),
+    ("code05_generation", "(score / step, ids)", "(score, ids)"),
+    ("code06_chat_packing", "(chat[:, None] == chat) & ", ""),
+    ("code06_chat_packing", "(said if role", "(head if role"),
+    ("code06_masked_lm", "draw(0.5) & chosen", "draw(0.1) & chosen"),
+    ("code06_masked_lm", "logits[chosen]", "logits.roll(1, 1)[chosen]"),
+]
+
 
 @pytest.fixture(scope="session")
 def server():
@@ -141,6 +182,15 @@ def test_lesson_proves_its_point(lesson, tmp_path, server):
     assert printed.startswith("proof: ") and printed.count("\n") == 1, "the proof is not the last line"
     left = {path.name for path in tmp_path.iterdir()} - {f"{lesson}.py", "__pycache__"}
     assert not left, f"the lesson leaves {left} behind"
+
+
+@pytest.mark.parametrize(("lesson", "right", "wrong"), BROKEN)
+def test_broken_lesson_fails(lesson, right, wrong, tmp_path, server):
+    source = (LESSONS / f"{lesson}.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    (tmp_path / "broken.py").write_text(source.replace(right, wrong), encoding="utf-8")
+    status, printed, errors, _ = server.run(tmp_path / "broken.py", tmp_path, seconds=240)
+    assert status == 1 and "AssertionError" in errors and "proof:" not in printed, printed + errors
 
 
 def test_lessons_find_in_torch_what_they_name():
