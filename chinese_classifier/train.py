@@ -53,6 +53,16 @@ def flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+# What must be the same for a checkpoint to be continued, beside the model, the data and the number of processes.
+DECIDES_THE_NUMBERS = (
+    *("use_lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "attn_implementation", "model_max_length"),
+    *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim"),
+    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
+    *("class_weights", "label_smoothing_factor", "metric_for_best_model", "neftune_noise_alpha", "full_determinism"),
+)
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str = flag("tiny", "Folder or hub id of an encoder; 'tiny' builds a small one on the spot.")
@@ -181,13 +191,6 @@ def load_tokenizer_and_model(model_args, data_args, args, table):
 
 def describe_run(model_args, data_args, args, tables: dict) -> dict:
     """What must be the same for a checkpoint to be continued bit for bit."""
-    names = "use_lora lora_r lora_alpha lora_dropout target_modules attn_implementation model_max_length seed"
-    names += " per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate"
-    names += (
-        " lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm optim optim_args weight_decay adam_beta1"
-    )
-    names += " adam_beta2 adam_epsilon bf16 fp16 tf32 class_weights label_smoothing_factor metric_for_best_model"
-    names += " neftune_noise_alpha full_determinism"
     flags = vars(model_args) | vars(data_args) | vars(args)
     deepspeed = args.deepspeed or None
     if isinstance(deepspeed, str):  # else it came from a YAML file
@@ -198,7 +201,7 @@ def describe_run(model_args, data_args, args, tables: dict) -> dict:
         "data": {name: hash_table(table)[:16] for name, table in tables.items()},
         "processes": args.world_size,
         "deepspeed": deepspeed,
-        **{name: flags[name] for name in names.split()},
+        **{name: flags[name] for name in DECIDES_THE_NUMBERS},
     }
     return json.loads(json.dumps(run))  # as it will be read again
 

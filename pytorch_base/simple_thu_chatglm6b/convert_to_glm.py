@@ -240,8 +240,6 @@ def convert_tokenizer(source: Path, roles: bool) -> PreTrainedTokenizerFast:
         if piece.type in (piece.CONTROL, piece.UNKNOWN)
     }
     fast = fast_tokenizer(proto, processor, marks)
-    # Taken whole are user-defined pieces only: another that equals a text may be none that SentencePiece would merge.
-    fast.model.ignore_merges &= any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
     check_tokenizer(fast, proto, processor, marks)
     check_joined(fast, proto, processor, {mark.content for mark in marks.values()})
     added = CONTROL_TOKENS + (ROLE_TOKENS if roles else [])

@@ -59,7 +59,7 @@ def fast_tokenizer(proto: ModelProto, processor: SentencePieceProcessor, marks: 
         if piece[:cut] in scores and piece[cut:] in scores
     )
     vocab, settings = {name: number for number, name in enumerate(names)}, {"fuse_unk": True, "byte_fallback": True}
-    settings |= {"unk_token": names[processor.unk_id()], "ignore_merges": prefix}
+    settings |= {"unk_token": names[processor.unk_id()], "ignore_merges": prefix and bool(defined)}
     fast = Tokenizer(models.BPE(vocab, [merge[2:] for merge in merges], **settings))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] * prefix

@@ -53,10 +53,8 @@ def write_checkpoint(folder: Path, roles=True, pieces: dict | None = None, **cha
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "tokenization_chatglm.py").write_text('["<|user|>", "<|assistant|>"]' if roles else "", "utf-8")
-    model, options = (
-        io.BytesIO(),
-        {"vocab_size": 400, "byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2},
-    )
+    options = {"vocab_size": 400, "byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2}
+    model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
         normalization_rule_name="identity", **options | (pieces or {}),
