@@ -9,6 +9,7 @@ The way of the data: tables -> rows, prepare (checked, split, no text on two sid
 (equal token counts, hardly any padding) -> model -> ClassificationTrainer -> report.
 """
 
+import gc
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import Literal
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import IntervalStrategy, ProgressCallback, set_seed
 
@@ -268,12 +270,15 @@ def train(model_args, data_args, args) -> None:
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main()
+        # DDP's reducer goes first: the last to hold the process group waits for gloo's thread, and that, at times, for
+        # the GIL, which the reducer's end doesn't let go.
+        gc.collect()
+        PartialState().destroy_process_group()
     except UserError as error:
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 # <<< end

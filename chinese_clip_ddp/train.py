@@ -10,6 +10,7 @@ The way of the data: files -> data.load_splits (pictures checked, captions token
 the ranks; pixels) -> model (two towers) -> contrastive (the loss over all ranks) -> CLIPTrainer -> report.
 """
 
+import gc
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, set_seed
 
@@ -225,12 +227,15 @@ def train(model_args, data_args, args) -> None:
     # A process that exits while gloo still holds its last tensors can abort (pytorch#190489), and torchrun would
     # then stop the first process in the midst of its report: all wait for it and end together.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main()
+        # DDP's reducer goes first: the last to hold the process group waits for gloo's thread, and that, at times, for
+        # the GIL, which the reducer's end doesn't let go.
+        gc.collect()
+        PartialState().destroy_process_group()
     except UserError as error:
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 # <<< end

@@ -81,7 +81,7 @@ class Run:
         end = time.monotonic() + seconds
         while self.is_running() and not any(rank.exitcode for rank in self.ranks):
             if time.monotonic() > end:
-                for rank in self.ranks:
+                for rank in [rank for rank in self.ranks if rank.is_alive()]:
                     os.kill(rank.pid, signal.SIGUSR1)  # says where it waits
                 time.sleep(2)
                 self.kill()
