@@ -6,16 +6,20 @@
 
 (verl doesn't start where it can import TRL, so TRL is installed aside and put on the path for its own runs only.)
 
-Speed: both start from the same weights and learn from the same prompts, 32 x 8 replies of up to 32 tokens a step in two
-optimizer steps, KL to a frozen reference, fp32, one thread a process, taking turns. Counted are replies for each CPU
-second of all processes of a way together (ours: the driver, its workers, Ray), from the fourth step on. The learning
-rate is so small that the replies keep their length. Two models: the recipe's tuned tiny policy, and a larger one with
-random weights, whose replies are all cut off at 32 tokens.
+Speed: both start from the same weights and learn from the same prompts, 32 x 8 completions of up to 32 tokens a step in
+two optimizer steps, KL to a frozen reference, fp32, one thread a process, taking turns. Counted are completions for
+each CPU second of all processes of a way together (ours: the driver, its workers, Ray), from the fourth step on. The
+learning rate is so small that the completions keep their length. Two models: the recipe's tuned tiny policy, and a
+larger one with random weights, whose completions are all cut off at 32 tokens.
 
-Losses: a rollout of ours is given to TRL's `_compute_loss`; both learn from it with AdamW, mini-batch by mini-batch.
+Losses and gradients: a rollout of ours is given to TRL's `_compute_loss`; both learn from it mini-batch by mini-batch,
+by plain gradient descent with steps so large that ratios leave 1 and some are clipped, the KL weighing 0.1. What moved
+the weights is then the sum of the gradients, so both movements are compared, and the gradients' norms. TRL multiplies
+the KL by the ratio unless `use_bias_correction_kl=False`, which is given throughout, since verl's loss doesn't.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -27,6 +31,7 @@ from pathlib import Path
 
 RECIPE = Path(__file__).parent.parent / "verl_base"
 PROMPTS, GROUP, LENGTH, WARM_UP = 32, 8, 32, 3
+KL_COEF, RATE = 0.1, 0.03  # where losses and gradients are compared
 WAYS = ["verl_base", "TRL", "verl_base, 2 processes", "TRL, 2 processes"]
 
 
@@ -89,10 +94,10 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     """Steps of train.py as its driver makes them."""
     from cluster import local_cluster
     from data import load_split
-    from engines import start_workers
-    from model import load_tokenizer
     from rewards import compute_score
+    from tokenizer import load_tokenizer
     from train import collect_step, take_step
+    from worker_groups import start_workers
 
     model_args, data_args, args = our_flags(model, output, processes)
     tokenizer = load_tokenizer(model_args)
@@ -103,20 +108,20 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 started, cpu = time.perf_counter(), cpu_seconds()
-            rollout, judged, _ = collect_step(policy, prompts, step, tokenizer, compute_score, data_args, args)
-            lengths.append(take_step(policy, reference, rollout, judged, args)["reply_length"])
+            rollout, scored, _ = collect_step(policy, prompts, step, tokenizer, compute_score, data_args, args)
+            lengths.append(take_step(policy, reference, rollout, scored, args)["completion_length"])
         cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - started
-    return {"replies": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
+    return {"completions": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
 
 
 def build_trl(model_args, args, prompts: list, output: str, steps: int, processes: int):
-    """TRL's trainer with the same settings; the same prompts in the same order of steps."""
+    """TRL's trainer with the same settings; the same prompts."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    from model import load_tokenizer
     from rewards import compute_score
+    from tokenizer import load_tokenizer
 
     def reward(completions, ground_truth, **_):
         return [
@@ -135,7 +140,8 @@ def build_trl(model_args, args, prompts: list, output: str, steps: int, processe
         max_completion_length=LENGTH,
         temperature=1.0,
         top_k=0,
-        beta=0.001,
+        beta=args.kl_loss_coef,
+        use_bias_correction_kl=False,
         epsilon=0.2,
         delta=3.0,  # verl's clip_ratio_c
         loss_type="bnpo",  # the mean over the tokens of a mini-batch, as verl's token-mean
@@ -165,7 +171,7 @@ def measure_trl(model: str, steps: int, processes: int, output: str) -> dict:
     from transformers import TrainerCallback
 
     from data import load_split
-    from model import load_tokenizer
+    from tokenizer import load_tokenizer
 
     model_args, data_args, args = our_flags(model, output, 1)
     prompts, _ = load_split(data_args, load_tokenizer(model_args), args.seed, output)
@@ -180,53 +186,65 @@ def measure_trl(model: str, steps: int, processes: int, output: str) -> dict:
     trainer.train()
     (started, cpu), (ended, cpu_end) = marks[2 * WARM_UP], marks[2 * (WARM_UP + steps)]
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
-    replies = steps * PROMPTS * GROUP
+    completions = steps * PROMPTS * GROUP
     return {
-        "replies": replies,
+        "completions": completions,
         "cpu": cpu_end - cpu,
         "seconds": ended - started,
         "length": statistics.mean(lengths),
     }
 
 
-def save_our_losses(model: str, output: str) -> list[float]:
-    """A rollout, kept in a file, and our loss on each of its mini-batches, learning from one after the other."""
+def comparison_flags(model: str, output: str):
+    return our_flags(
+        model, output, 1, ppo_mini_batch_size=8, learning_rate=RATE, kl_loss_coef=KL_COEF, max_grad_norm=1e9
+    )
+
+
+def save_our_updates(model: str, output: str) -> dict[str, list[float]]:
+    """A rollout, kept in a file, and our losses and gradients' norms on its mini-batches, one after the other."""
     import torch
 
-    from cluster import local_cluster
+    import cluster  # before verl: it says to verl and Ray where they are
+    import worker_groups
+    from advantages import add_advantages
     from data import load_split
-    from engines import compute_log_probs, start_workers, update_policy
-    from model import load_tokenizer
     from rewards import compute_score
-    from rollout import add_advantages
+    from tokenizer import load_tokenizer
     from train import collect_step
+    from worker_groups import compute_log_probs, start_workers, update_policy
 
-    flags = model_args, data_args, args = our_flags(model, output, 1, learning_rate=1e-5, ppo_mini_batch_size=8)
+    flags = model_args, data_args, args = comparison_flags(model, output)
+    worker_groups.FSDPOptimizerConfig = functools.partial(worker_groups.FSDPOptimizerConfig, optimizer="SGD")
     tokenizer = load_tokenizer(model_args)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
-    with local_cluster(1, output) as pool:
+    with cluster.local_cluster(1, output) as pool:
         policy, reference = start_workers(pool, model_args, args, tokenizer, LENGTH)
-        rollout, judged, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, *flags[1:])
-        rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args) - 0.01  # as if it had moved on
-        add_advantages(rollout, judged, "grpo")
+        rollout, scored, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, *flags[1:])
+        reference = compute_log_probs(reference, rollout, args)
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+        rollout.batch["ref_log_prob"] = reference + 0.3 * noise  # as if the policy had moved on
+        add_advantages(rollout, scored, "grpo", args)
         torch.save(dict(rollout.batch.items()), f"{output}/rollout.pt")
-        return update_policy(policy, rollout, args)["loss"]
+        metrics = update_policy(policy, rollout, args)
+        policy.save_model(f"{output}/verl_base")
+    return {name: metrics[name] for name in ("loss", "grad_norm", "actor/pg_clipfrac")}
 
 
-def compute_trl_losses(model: str, output: str) -> list[float]:
-    """TRL's loss on the same mini-batches, learning from one after the other by the same optimizer."""
+def save_trl_updates(model: str, output: str) -> dict[str, list[float]]:
+    """TRL's losses and gradients' norms on the same mini-batches, learning in the same way."""
     import torch
 
     from data import load_split
-    from model import load_tokenizer
+    from tokenizer import load_tokenizer
 
-    model_args, data_args, args = our_flags(model, output, 1)
+    model_args, data_args, args = comparison_flags(model, output)
     prompts, _ = load_split(data_args, load_tokenizer(model_args), args.seed, output)
     trainer = build_trl(model_args, args, prompts, output, 1, 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5, weight_decay=0.0)
-    batch, losses = torch.load(f"{output}/rollout.pt"), []
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=RATE)
+    batch, metrics = torch.load(f"{output}/rollout.pt"), {"loss": [], "grad_norm": []}
     width = batch["prompts"].shape[1]
     for first in range(0, PROMPTS * GROUP, 8 * GROUP):
         part = {name: values[first : first + 8 * GROUP] for name, values in batch.items()}
@@ -241,11 +259,32 @@ def compute_trl_losses(model: str, output: str) -> list[float]:
         }
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        metrics["grad_norm"].append(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]).item())
+        metrics["loss"].append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    trainer.model.save_pretrained(f"{output}/TRL")
+    return metrics
+
+
+def compare_updates(model: str, trl: str, output: str) -> None:
+    """Prints the losses and norms of both, and how far their movements, the sums of their gradients, lie apart."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = (run_apart(way, model, 1, trl, output) for way in ("updates", "TRL updates"))
+    for number in range(len(ours["loss"])):
+        for name in ("loss", "grad_norm"):
+            mine, other = ours[name][number], theirs[name][number]
+            print(f"update {number + 1}: {name} {mine:.7f}, TRL's {other:.7f}, difference {abs(mine - other):.1e}")
+    print("clipped:", ", ".join(f"{share:.2%}" for share in ours["actor/pg_clipfrac"]), "of the tokens")
+    before, mine, other = (
+        load_file(f"{path}/model.safetensors") for path in (model, f"{output}/verl_base", f"{output}/TRL")
+    )
+    moved = torch.cat([(mine[name] - before[name]).flatten() for name in before])
+    apart = torch.cat([(mine[name] - other[name]).flatten() for name in before])
+    share = apart.norm() / moved.norm()
+    print(f"all weights moved by {moved.norm():.4f}, TRL's to a place {apart.norm():.1e} away: {share:.1e} of the way")
 
 
 def run_apart(way: str, model: str, steps: int, trl: str, output: str):
@@ -267,11 +306,11 @@ def compare(name: str, model: str, args, output: str) -> None:
         for way in WAYS:
             found[way].append(run_apart(way, model, args.steps, args.trl, output))
             print(way, found[way][-1], flush=True)
-    speeds = {way: statistics.median(run["replies"] / run["cpu"] for run in runs) for way, runs in found.items()}
-    print(f"\n{name}\n\n| way | replies / CPU second | x TRL's | replies / second | tokens a reply |")
+    speeds = {way: statistics.median(run["completions"] / run["cpu"] for run in runs) for way, runs in found.items()}
+    print(f"\n{name}\n\n| way | completions / CPU second | x TRL's | completions / second | tokens a completion |")
     print("|---|---|---|---|---|")
     for way, runs in found.items():
-        wall = statistics.median(run["replies"] / run["seconds"] for run in runs)
+        wall = statistics.median(run["completions"] / run["seconds"] for run in runs)
         length = statistics.mean(run["length"] for run in runs)
         ratio = speeds[way] / speeds[way.replace("verl_base", "TRL")]  # at as many processes
         print(f"| {way} | {speeds[way]:.0f} | {ratio:.2f} | {wall:.0f} | {length:.1f} |", flush=True)
@@ -292,8 +331,8 @@ def main():
             "verl_base, 2 processes": lambda: measure_ours(args.model, args.steps, 2, args.output),
             "TRL": lambda: measure_trl(args.model, args.steps, 1, args.output),
             "TRL, 2 processes": lambda: measure_trl(args.model, args.steps, 2, args.output),
-            "losses": lambda: save_our_losses(args.model, args.output),
-            "TRL losses": lambda: compute_trl_losses(args.model, args.output),
+            "updates": lambda: save_our_updates(args.model, args.output),
+            "TRL updates": lambda: save_trl_updates(args.model, args.output),
         }[args.way]()
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result))
@@ -303,10 +342,7 @@ def main():
     subprocess.run([sys.executable, "prepare.py", "arithmetic"], check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as output:
         models = make_models(output)
-        first = next(iter(models.values()))
-        both = [run_apart(way, first, 1, args.trl, output) for way in ("losses", "TRL losses")]
-        for number, (ours, theirs) in enumerate(zip(*both, strict=True), start=1):
-            print(f"update {number}: loss {ours:.7f}, TRL's {theirs:.7f}, difference {abs(ours - theirs):.1e}")
+        compare_updates(next(iter(models.values())), args.trl, output)
         for name, model in models.items():
             compare(name, model, args, output)
 

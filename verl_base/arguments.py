@@ -14,18 +14,27 @@ from cluster import ON_GPU
 from rows import UserError
 
 # What each algorithm sets where no flag says otherwise. Sources: GRPO arXiv:2402.03300, RLOO arXiv:2402.14740,
-# REINFORCE++ arXiv:2501.03262, DAPO arXiv:2503.14476 (a higher upper clip, no reference, groups of equal rewards
-# replaced).
-CLIPPED = {"clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "filter_groups": False}
+# REINFORCE++ arXiv:2501.03262 (the KL costs reward, token by token), DAPO arXiv:2503.14476 (a higher upper clip, no
+# reference, groups that are all right or all wrong replaced, the last fifth of a completion's places punished; as in
+# verl's recipe, completions that were cut off are learned from).
+GRPO = {
+    **{"adv_estimator": "grpo", "clip_ratio_high": 0.2, "kl_loss_coef": 0.001, "use_kl_in_reward": False},
+    **{"filter_groups": False, "overlong_buffer_share": 0.0, "mask_truncated_completions": False},
+}
+REINFORCE = {"adv_estimator": "reinforce_plus_plus", "kl_loss_coef": 0.0, "use_kl_in_reward": True}
+DAPO = {"clip_ratio_high": 0.28, "kl_loss_coef": 0.0, "filter_groups": True, "overlong_buffer_share": 0.2}
 ALGORITHMS = {
-    "grpo": {"adv_estimator": "grpo", **CLIPPED},
-    "rloo": {"adv_estimator": "rloo", **CLIPPED},
-    "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **CLIPPED},
-    "dapo": {"adv_estimator": "grpo", "clip_ratio_high": 0.28, "kl_loss_coef": 0.0, "filter_groups": True},
+    "grpo": GRPO,
+    "rloo": GRPO | {"adv_estimator": "rloo"},
+    "reinforce_plus_plus": GRPO | REINFORCE,
+    "dapo": GRPO | DAPO,
 }
 
-
 SCHEDULES = ("constant", "cosine")
+TRACKERS = ("none", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
+LOSS_MODES = ("vanilla", "gspo")
+KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+KL_LOSS_TYPES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
 
@@ -62,16 +71,22 @@ class DataArguments:
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Tokens; a longer prompt is a bad row."})
     max_response_length: int = field(
-        default=256, metadata={"help": "Tokens; a reply is cut off there and counts as not finished."}
+        default=256, metadata={"help": "Tokens; a completion is cut off there and counts as not finished."}
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Go on without rows that can't be used; bad_rows.jsonl lists them."}
     )
     reward_function: str = field(
-        default="rewards.py:compute_score", metadata={"help": "file.py:function that gives a reply its score."}
+        default="rewards.py:compute_score", metadata={"help": "file.py:function that gives a completion its score."}
+    )
+    reward_timeout: float = field(
+        default=300.0, metadata={"help": "Seconds that it has for a completion; what takes longer has failed."}
+    )
+    reward_num_workers: int = field(
+        default=8, metadata={"help": "Completions that it is asked about side by side; 1 where it can't bear that."}
     )
     skip_bad_rewards: bool = field(
-        default=False, metadata={"help": "Leave a reply out, and count it, where the reward function fails on it."}
+        default=False, metadata={"help": "Leave a completion out, and count it, where the reward function fails on it."}
     )
 
 
@@ -82,7 +97,7 @@ class TrainingArguments:
     algorithm: str = field(default="grpo", metadata={"help": ", ".join(ALGORITHMS)})
     total_training_steps: int = field(default=200, metadata={"help": "Batches of prompts to learn from."})
     train_batch_size: int = field(default=32, metadata={"help": "Prompts a step, of all processes together."})
-    rollout_n: int = field(default=8, metadata={"help": "Replies to each prompt: a group."})
+    rollout_n: int = field(default=8, metadata={"help": "Completions to each prompt: a group."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling in training; more of it explores more."})
     val_temperature: float = field(default=1.0, metadata={"help": "Of sampling on validation prompts."})
     ppo_mini_batch_size: int = field(default=16, metadata={"help": "Prompts an optimizer step."})
@@ -100,28 +115,65 @@ class TrainingArguments:
     kl_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of the KL to the reference; 0: no reference is loaded. By algorithm."}
     )
+    kl_loss_type: str = field(
+        default="low_var_kl",
+        metadata={"help": "verl's: low_var_kl (k3), kl (k1), mse (k2), abs; with a + the gradient is k2's, unbiased."},
+    )
+    use_kl_in_reward: bool | None = field(
+        default=None,
+        metadata={"help": "The KL to the reference is taken off the reward, token by token. By algorithm."},
+    )
+    kl_coef: float = field(default=0.001, metadata={"help": "Its weight there."})
+    kl_penalty: str = field(default="kl", metadata={"help": "Its estimator there: kl (k1), abs, mse (k2), low_var_kl."})
+    norm_adv_by_std_in_grpo: bool = field(
+        default=True,
+        metadata={"help": "Divide by the group's deviation; false, as Dr. GRPO does: only subtract its mean."},
+    )
+    loss_mode: str = field(
+        default="vanilla", metadata={"help": "vanilla, or gspo: one ratio for all tokens of a completion."}
+    )
+    rollout_is: str | None = field(
+        default=None,
+        metadata={"help": "token or sequence: weights for a rollout whose probabilities aren't the trainer's (TIS)."},
+    )
+    rollout_is_threshold: float = field(default=2.0, metadata={"help": "Such a weight is this at most."})
+    overlong_buffer_len: int | None = field(
+        default=None,
+        metadata={"help": "Of the tokens that a completion may have, so many at the end cost reward. By algorithm."},
+    )
+    overlong_penalty_factor: float = field(default=1.0, metadata={"help": "What the last of them costs."})
+    mask_truncated_completions: bool | None = field(
+        default=None, metadata={"help": "Completions that were cut off are not learned from. By algorithm."}
+    )
     entropy_coeff: float = field(default=0.0, metadata={"help": "Weight of an entropy bonus."})
     loss_agg_mode: str = field(
         default="token-mean", metadata={"help": "verl's: token-mean, seq-mean-token-mean, seq-mean-token-sum ..."}
     )
     max_num_gen_batches: int = field(
         default=4,
-        metadata={"help": "dapo: batches sampled for a step at most, until enough groups have unequal rewards."},
+        metadata={"help": "dapo: batches sampled for a step at most, until enough groups are neither right nor wrong."},
     )
     recompute_log_probs: bool | None = field(
         default=None, metadata={"help": "Old log-probabilities by a forward pass, not as sampled; true under bf16."}
     )
-    val_n: int = field(default=8, metadata={"help": "Replies to each validation prompt."})
+    val_n: int = field(default=8, metadata={"help": "Completions to each validation prompt."})
     test_freq: int = field(default=25, metadata={"help": "Steps between two evaluations."})
     save_freq: int = field(default=50, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_steps: int = field(default=5, metadata={"help": "Steps between two printed lines."})
+    report_to: str = field(
+        default="none", metadata={"help": "tensorboard, wandb, swanlab ... where installed: verl's."}
+    )
     seed: int = field(default=42, metadata={"help": "Of the order of prompts, the sampling and the tiny model."})
     nproc: int | None = field(default=None, metadata={"help": "Processes: all GPUs, or 2 on the CPU."})
+    fast_path: bool = field(
+        default=Path(__file__).with_name("fast_path.py").exists(),
+        metadata={"help": "False samples and trains by Transformers and verl alone; the same numbers, slower."},
+    )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16; true on GPUs that have it."})
 
 
-def fill_by_hardware(model_args: ModelArguments, args: TrainingArguments) -> None:
+def fill_by_hardware(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """What wasn't given: processes, precision, attention, and what the algorithm says."""
     if args.nproc is None:
         args.nproc = torch.cuda.device_count() if ON_GPU else min(2, len(os.sched_getaffinity(0)))
@@ -132,9 +184,12 @@ def fill_by_hardware(model_args: ModelArguments, args: TrainingArguments) -> Non
     if not model_args.attn_implementation:
         flash = ON_GPU and args.bf16 and find_spec("flash_attn") is not None
         model_args.attn_implementation = "flash_attention_2" if flash else "sdpa"
-    for name in ("clip_ratio_high", "kl_loss_coef"):
+    for name in ("clip_ratio_high", "kl_loss_coef", "use_kl_in_reward", "mask_truncated_completions"):
         if getattr(args, name) is None:
             setattr(args, name, ALGORITHMS[args.algorithm][name])
+    if args.overlong_buffer_len is None:
+        share = ALGORITHMS[args.algorithm]["overlong_buffer_share"]
+        args.overlong_buffer_len = round(share * data_args.max_response_length)
 
 
 def refuse_flags_without_effect(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -147,6 +202,18 @@ def refuse_flags_without_effect(model_args: ModelArguments, data_args: DataArgum
         raise UserError("--target_modules has no effect without --use_lora true.")
     if not ALGORITHMS[args.algorithm]["filter_groups"] and args.max_num_gen_batches != defaults["max_num_gen_batches"]:
         raise UserError(f"--max_num_gen_batches has no effect on {args.algorithm}, which draws no group again.")
+    needs = {
+        "kl_loss_type": ("--kl_loss_coef above 0", args.kl_loss_coef > 0),
+        "kl_coef": ("--use_kl_in_reward true", args.use_kl_in_reward),
+        "kl_penalty": ("--use_kl_in_reward true", args.use_kl_in_reward),
+        "norm_adv_by_std_in_grpo": ("the advantages of grpo or dapo", args.algorithm in ("grpo", "dapo")),
+        "overlong_penalty_factor": ("--overlong_buffer_len above 0", args.overlong_buffer_len > 0),
+        "rollout_is": ("--recompute_log_probs true", args.recompute_log_probs),
+        "rollout_is_threshold": ("--rollout_is", args.rollout_is is not None),
+    }
+    for name, (needed, there) in needs.items():
+        if not there and getattr(args, name) != defaults[name]:
+            raise UserError(f"--{name} has no effect without {needed}.")
     if data_args.eval_data_path and data_args.validation_split is not None:
         raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
 
@@ -158,19 +225,36 @@ def check_values(data_args: DataArguments, args: TrainingArguments) -> None:
     counts = ["total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"]
     counts += ["save_freq", "save_total_limit", "logging_steps", "max_num_gen_batches"]
     given = {name: getattr(args, name) for name in counts} | {"max_response_length": data_args.max_response_length}
+    given["reward_num_workers"] = data_args.reward_num_workers
     for name, number in given.items():
         if number < 1:
             raise UserError(f"--{name} {number}: must be at least 1.")
-    for name, known in (("lr_scheduler_type", SCHEDULES), ("loss_agg_mode", LOSS_AGG_MODES)):
+    choices = {
+        **{"lr_scheduler_type": SCHEDULES, "loss_agg_mode": LOSS_AGG_MODES, "loss_mode": LOSS_MODES},
+        **{"kl_loss_type": KL_LOSS_TYPES, "kl_penalty": KL_ESTIMATORS, "rollout_is": (None, "token", "sequence")},
+        "report_to": TRACKERS,
+    }
+    for name, known in choices.items():
         if getattr(args, name) not in known:
-            raise UserError(f"--{name} {getattr(args, name)}: verl knows {', '.join(known)}.")
+            raise UserError(f"--{name} {getattr(args, name)}: known are {', '.join(filter(None, known))}.")
+    if args.report_to != "none" and find_spec(args.report_to) is None:
+        raise UserError(f"--report_to {args.report_to}: it isn't installed; pip install {args.report_to}.")
+    if args.overlong_buffer_len is not None and not 0 <= args.overlong_buffer_len <= data_args.max_response_length:
+        raise UserError(
+            f"--overlong_buffer_len {args.overlong_buffer_len}: at most --max_response_length "
+            f"{data_args.max_response_length}, the tokens that a completion may have; 0 for none."
+        )
+    if data_args.reward_timeout <= 0:
+        raise UserError(f"--reward_timeout {data_args.reward_timeout}: give more than 0 seconds.")
     if args.rollout_n < 2:
         raise UserError(
-            f"--rollout_n {args.rollout_n}: a reply is compared with the others of its group; give 2 or more."
+            f"--rollout_n {args.rollout_n}: a completion is compared with the others of its group; give 2 or more."
         )
     for name in ("temperature", "val_temperature"):
         if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: replies must differ to be compared; give more than 0.")
+            raise UserError(
+                f"--{name} {getattr(args, name)}: completions must differ to be compared; give more than 0."
+            )
     if args.train_batch_size % args.ppo_mini_batch_size:
         raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
@@ -210,8 +294,8 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(str(error)) from None
     check_values(data_args, args)
+    fill_by_hardware(model_args, data_args, args)
     refuse_flags_without_effect(model_args, data_args, args)
-    fill_by_hardware(model_args, args)
     check_processes(args)
     model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")
     return model_args, data_args, args

@@ -101,11 +101,11 @@ def load_split(data_args, tokenizer, seed: int, output_dir: str) -> tuple[list[P
 
 
 def check_groups(prompts: list[Prompt], data_args, args) -> None:
-    """Raises UserError where the replies to a prompt, which are learned from together, might be too many tokens."""
+    """Raises UserError where the completions to a prompt, which are learned from together, might be too many tokens."""
     tokens = args.rollout_n * (max(len(prompt.input_ids) for prompt in prompts) + data_args.max_response_length)
     if tokens > args.ppo_max_token_len_per_gpu:
         raise UserError(
-            f"{args.rollout_n} replies to the longest prompt may have {tokens:,} tokens with it, more than "
+            f"{args.rollout_n} completions to the longest prompt may have {tokens:,} tokens with it, more than "
             f"--ppo_max_token_len_per_gpu {args.ppo_max_token_len_per_gpu}: give more of it, where there is memory for "
             "it, or a smaller --max_response_length or --rollout_n."
         )

@@ -14,7 +14,7 @@ from infer import load_run, sample_scored
 from rows import UserError
 
 QUESTIONS = [["三十七加二十五等于几？", "六十二"], ["九十二减四十八等于几？", "四十四"], ["五加八等于几？", "十三"]]
-COLUMNS = {"reply": "回复", "score": "得分", "acc": "答对", "format": "格式", "work": "步骤", "length": "超长"}
+COLUMNS = {"completion": "回复", "score": "得分", "acc": "答对", "format": "格式", "work": "步骤"}
 
 
 def as_table(rows: list[dict]) -> tuple[pd.DataFrame, str]:
@@ -29,8 +29,8 @@ def build_demo(before, after, reward_function, max_new_tokens: int, title: str =
 
     Args:
         before, after: pairs of model and tokenizer.
-        reward_function: judges the replies, as in training.
-        max_new_tokens: a reply is cut off there and counts as not finished.
+        reward_function: judges the completions, as in training.
+        max_new_tokens: a completion is cut off there and counts as not finished.
     """
 
     def ask(question: str, ground_truth: str, rule: str, n: int, temperature: float):
@@ -73,7 +73,7 @@ def build_demo(before, after, reward_function, max_new_tokens: int, title: str =
                         headers=list(COLUMNS.values()),
                         interactive=False,
                         wrap=True,
-                        column_widths=["40%", *["12%"] * 5],
+                        column_widths=["48%", *["13%"] * 4],
                     )
                     outputs += [table, summary]
         gr.Examples(QUESTIONS, [question, ground_truth], label="示例")

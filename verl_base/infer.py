@@ -1,4 +1,4 @@
-"""Asks a trained policy, and the model that it was trained from, several times, and shows what each reply would earn.
+"""Asks a trained policy, and the model that it was trained from, and shows what each of several completions would earn.
 
 python infer.py output                                            the validation questions, before and after
 python infer.py output --question 三十七加二十五等于几？ --ground_truth 六十二 --n 8
@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data import VALIDATION, Prompt, load_prompts
-from judge import call_reward_function, load_reward_function
-from model import find_end_of_turn
+from reward_manager import call_reward_function, load_reward_function
 from rows import UserError
+from tokenizer import find_end_of_turn, find_stop_tokens
 
 MAX_PROMPT_LENGTH = 4096  # tokens
 
@@ -37,7 +37,9 @@ def load_trained_model(path: str, trust_remote_code: bool = False, device: str |
             model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no trained model there ({str(error).splitlines()[0]}).") from None
-    model.generation_config = GenerationConfig()  # what a folder recommends for chatting would change the samples
+    stop_tokens = find_stop_tokens(tokenizer, model.generation_config)
+    # What else a folder recommends for chatting would change the samples.
+    model.generation_config = GenerationConfig(eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -61,7 +63,7 @@ def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, t
         reward_function: file.py:function; the run's own unless given.
 
     Returns:
-        Model and tokenizer `before` and `after` the training, the reward function, tokens of the longest reply.
+        Model and tokenizer `before` and `after` the training, the reward function, tokens of the longest completion.
 
     Raises:
         UserError: no run has come to its end there, or its model or reward function is gone.
@@ -76,7 +78,7 @@ def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, t
 def sample_scored(
     model, tokenizer, prompt: Prompt, reward_function, max_new_tokens: int, n: int = 8, temperature: float = 1.0
 ):
-    """n sampled replies to one prompt, as dicts, each with what the reward function gives it (`score`, `acc` ...)."""
+    """n sampled completions to one prompt, as dicts, with what the reward function gives each (`score`, `acc` ...)."""
     inputs = tokenizer.apply_chat_template(
         prompt.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -86,16 +88,16 @@ def sample_scored(
         top_k=0,
         num_return_sequences=n,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     sequences = model.generate(**inputs.to(model.device), generation_config=settings)
     rows = []
     for ids in sequences[:, inputs["input_ids"].shape[1] :]:
-        ends = (ids == tokenizer.eos_token_id).nonzero()
+        ends = torch.isin(ids, torch.tensor(model.generation_config.eos_token_id, device=ids.device)).nonzero()
         finished = len(ends) > 0
-        reply = tokenizer.decode(ids[: ends[0, 0]] if finished else ids)  # as in training, special tokens and all
-        rows.append({"reply": reply, **call_reward_function(reward_function, prompt, reply, finished)})
+        completion = tokenizer.decode(ids[: ends[0, 0]] if finished else ids)  # as in training, special tokens and all
+        rows.append({"completion": completion, **call_reward_function(reward_function, prompt, completion, finished)})
     return rows
 
 
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--file", help="prompts as train.py reads them; the run's validation prompts unless given")
     parser.add_argument("--first", type=int, default=5, help="so many of the file's prompts")
     parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
-    parser.add_argument("--n", type=int, default=8, help="replies to each")
+    parser.add_argument("--n", type=int, default=8, help="completions to each")
     parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args(argv)
     models, reward_function, max_new_tokens = load_run(args.model, args.reward_function)
@@ -124,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
             rows = sample_scored(model, tokenizer, prompt, reward_function, max_new_tokens, args.n, args.temperature)
             mean = sum(row["score"] for row in rows) / len(rows)
             print(f"  {name}: mean score {mean:.2f}")
-            for (reply, score), count in Counter((row["reply"], row["score"]) for row in rows).most_common():
-                print(f"    {count} x {reply!r} [{score:.2f}]")
+            for (completion, score), count in Counter((row["completion"], row["score"]) for row in rows).most_common():
+                print(f"    {count} x {completion!r} [{score:.2f}]")
 
 
 if __name__ == "__main__":

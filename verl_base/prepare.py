@@ -52,10 +52,10 @@ def write_task(task: str, folder: Path) -> None:
     for name, rows in problems.items():
         unfinished = folder / f".{name}.{os.getpid()}"
         with unfinished.open("w", encoding="utf-8") as file:
-            for question, reply, answer in rows:
+            for question, completion, answer in rows:
                 row = {"data_source": task, "prompt": question, "ground_truth": answer}
                 if name == "sft":
-                    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+                    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
                     row = {"data_source": task, "messages": turns, "ground_truth": answer}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         unfinished.replace(folder / f"{name}.jsonl")

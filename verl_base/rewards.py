@@ -20,7 +20,7 @@ def to_chinese(number: int) -> str:
 
 
 def add(x: int, y: int) -> tuple[str, str, str]:
-    """Question, worked reply and answer of a sum, units before tens."""
+    """Question, worked example and answer of a sum, units before tens."""
     units = x % 10 + y % 10
     carry = units // 10
     tens = x // 10 + y // 10
@@ -31,7 +31,7 @@ def add(x: int, y: int) -> tuple[str, str, str]:
 
 
 def subtract(x: int, y: int) -> tuple[str, str, str]:
-    """Question, worked reply and answer of a difference that is not negative."""
+    """Question, worked example and answer of a difference that is not negative."""
     borrow = int(x % 10 < y % 10)
     upper = x % 10 + 10 * borrow
     work = f"{to_chinese(upper)}减{DIGITS[y % 10]}得{DIGITS[upper - y % 10]}，"
@@ -47,8 +47,6 @@ QUESTION = re.compile(rf"({NUMBER})([加减])({NUMBER})等于几？")
 FORMAT = re.compile(rf"[^答]*答案：({NUMBER})")  # the work, then the answer, then nothing more
 WORK_REWARD = 0.5
 FORMAT_REWARD = 0.1
-LENGTH_LIMIT = 32  # characters; each one more costs LENGTH_COST
-LENGTH_COST = 0.01
 
 
 def steps_to_take(question: str) -> list[str]:
@@ -63,13 +61,13 @@ def steps_to_take(question: str) -> list[str]:
     return worked.split("，")[:-1]
 
 
-def score_arithmetic(reply: str, ground_truth: object, question: str) -> dict[str, float]:
-    """Whether the answer is right and the reply well-formed, and the share of the question's steps in their places.
+def score_arithmetic(completion: str, ground_truth: object, question: str) -> dict[str, float]:
+    """Whether the answer is right and the form kept, and the share of the question's steps in their places.
 
     A step that is true but not the question's counts for nothing: rewarded, it is what a model learns to write.
     """
-    match = FORMAT.fullmatch(reply)
-    expected, written = steps_to_take(question), reply.split("，")
+    match = FORMAT.fullmatch(completion)
+    expected, written = steps_to_take(question), completion.split("，")
     return {
         "acc": float(match is not None and match[1] == str(ground_truth)),
         "format": float(match is not None),
@@ -77,30 +75,33 @@ def score_arithmetic(reply: str, ground_truth: object, question: str) -> dict[st
     }
 
 
-def score_exact_match(reply: str, ground_truth: object, question: str) -> dict[str, float]:
-    """Whether the reply is the expected text; it is well-formed when it is one line that says something."""
-    return {"acc": float(reply == str(ground_truth)), "format": float(bool(reply) and "\n" not in reply), "work": 0.0}
+def score_exact_match(completion: str, ground_truth: object, question: str) -> dict[str, float]:
+    """Whether the completion is the expected text; it is well-formed when it is one line that says something."""
+    return {
+        "acc": float(completion == str(ground_truth)),
+        "format": float(bool(completion) and "\n" not in completion),
+        "work": 0.0,
+    }
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: object, extra_info: dict | None = None, **_):
-    """The reward of one reply, in verl's form.
+    """The reward of one completion, in verl's form.
 
     Args:
         data_source: which rule counts: "arithmetic", or anything else for an exact match.
-        solution_str: the reply without its end-of-turn token.
+        solution_str: the completion without its end-of-turn token.
         extra_info: what the data's row brought along, and `question`, what was asked (unless the row brought one);
-            from `train.py` also `finished`, whether the reply came to its end before `max_response_length`.
+            from `train.py` also `finished`, whether the completion came to its end before `max_response_length`.
 
     Returns:
         `score`, which is learned from (1 for a right answer, WORK_REWARD for the steps on the way, FORMAT_REWARD for
-        the form, less what is too long), and its parts `acc`, `format`, `work` and `length` for the report.
+        the form), and its parts `acc`, `format` and `work` for the report.
     """
-    reply = solution_str.strip()
+    completion = solution_str.strip()
     rule = score_arithmetic if data_source == "arithmetic" else score_exact_match
     extra_info = extra_info or {}
-    parts = rule(reply, ground_truth, extra_info.get("question", ""))
+    parts = rule(completion, ground_truth, extra_info.get("question", ""))
     if not extra_info.get("finished", True):
         parts = dict.fromkeys(parts, 0.0)
-    parts["length"] = LENGTH_COST * min(0, LENGTH_LIMIT - len(reply))
-    score = parts["acc"] + WORK_REWARD * parts["work"] + FORMAT_REWARD * parts["format"] + parts["length"]
+    score = parts["acc"] + WORK_REWARD * parts["work"] + FORMAT_REWARD * parts["format"]
     return {"score": score, **parts}

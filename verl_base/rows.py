@@ -136,7 +136,7 @@ def check_prompt(row: object) -> tuple[list[dict], object, str]:
         raise UserError("the last message of the prompt must be the user's")
     ground_truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else row.get("ground_truth")
     if ground_truth is None:
-        raise UserError("no ground_truth, so no reply can be judged")
+        raise UserError("no ground_truth, so no completion can be scored")
     if not isinstance(row.get("data_source", ""), str) or not isinstance(row.get("extra_info") or {}, dict):
         raise UserError("data_source is a string and extra_info an object")
     return messages, ground_truth, row.get("data_source", "")

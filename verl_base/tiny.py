@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rewards import compute_score
@@ -22,7 +23,7 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-FIRST_LOOK = 120  # steps of tuning before its samples are judged
+FIRST_LOOK = 120  # steps of tuning before its samples are scored
 ENOUGH = 0.4  # of its own examples; of questions that it has never seen it then gets about a third right
 
 
@@ -45,7 +46,7 @@ def train_chat_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def sample_accuracy(model, tokenizer, rows: list[dict]) -> float:
-    """Share of right replies, one sampled for each row at temperature 1."""
+    """Share of right completions, one sampled for each row at temperature 1."""
     prompts = [row["messages"][:1] for row in rows]
     inputs = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -54,16 +55,16 @@ def sample_accuracy(model, tokenizer, rows: list[dict]) -> float:
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=32, eos_token_id=eos, pad_token_id=pad)
     with torch.no_grad():
         sequences = model.generate(**inputs, generation_config=settings)
-    replies = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    completions = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     scores = [
-        compute_score(row["data_source"], reply, row["ground_truth"])["acc"]
-        for reply, row in zip(replies, rows, strict=True)
+        compute_score(row["data_source"], completion, row["ground_truth"])["acc"]
+        for completion, row in zip(completions, rows, strict=True)
     ]
     return sum(scores) / len(scores)
 
 
 def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size: int = 128) -> float:
-    """Supervised steps on worked examples until so many sampled replies are right; returns that share.
+    """Supervised steps on worked examples until so many sampled completions are right; returns that share.
 
     Raises:
         UserError: it doesn't get there in 600 steps.
@@ -72,13 +73,14 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
     for row in rows:
         question, answer = row["messages"]
         prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
-        reply = tokenizer(answer["content"] + tokenizer.eos_token)["input_ids"]
-        samples.append((prompt + reply, [-100] * len(prompt) + reply))
+        completion = tokenizer(answer["content"] + tokenizer.eos_token)["input_ids"]
+        samples.append((prompt + completion, [-100] * len(prompt) + completion))
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=20)
     every = 5  # steps between two looks at how far it is; it learns fast near the end
-    for step in range(1, 601):
+    bar = tqdm(range(1, 601), desc=f"tuning, up to {ENOUGH:.0%} right", unit="step")
+    for step in bar:
         batch = rng.sample(samples, min(batch_size, len(samples)))
         longest = max(len(ids) for ids, _ in batch)
         input_ids = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch]
@@ -90,7 +92,9 @@ def tune_for_a_moment(model, tokenizer, rows: list[dict], seed: int, batch_size:
         optimizer.zero_grad()
         if step >= FIRST_LOOK and step % every == 0:
             accuracy = sample_accuracy(model, tokenizer, rng.sample(rows, min(512, len(rows))))
+            bar.set_postfix_str(f"{accuracy:.0%} right")
             if accuracy >= ENOUGH:
+                bar.close()
                 return accuracy
             if accuracy >= ENOUGH / 2:
                 every = 1
@@ -122,9 +126,10 @@ def build_tiny_model(sft_path: Path, seed: int, folder: Path) -> None:
     rows = [json.loads(line) for line in sft_path.read_text("utf-8").splitlines()]
     model, tokenizer = build_untuned(rows, seed)
     print("tuning the tiny model on worked examples until it gets about a third of new questions right ...", flush=True)
-    torch.set_num_threads(min(4, len(os.sched_getaffinity(0))))  # workers have one each, but none has started yet
+    # More of them only wait for each other, on a model so small and a machine that others use, too.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     accuracy = tune_for_a_moment(model, tokenizer, rows, seed)
-    print(f"... {accuracy:.0%} of the sampled replies are right", flush=True)
+    print(f"... {accuracy:.0%} of the sampled completions are right", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""GRPO and its relatives on verl: sample a group of replies to each prompt, judge them, learn from the better ones.
+"""GRPO and its relatives on verl: sample a group of completions to each prompt, score them, learn from the better ones.
 
 python train.py --data_path cache_data/arithmetic/train.jsonl --eval_data_path cache_data/arithmetic/test.jsonl
 """
@@ -10,8 +10,21 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from cluster import local_cluster, ray  # before verl: it says to verl and Ray where they are
 
+# isort: split
+import numpy as np
+from verl import DataProto
+
+from advantages import (
+    add_advantages,
+    find_zero_variance_groups,
+    join_rollouts,
+    punish_length,
+    select_groups,
+    token_kl,
+    weigh_rollout,
+)
 from arguments import ALGORITHMS, parse_arguments
 from checkpoint import (
     FULL_DISK,
@@ -20,36 +33,40 @@ from checkpoint import (
     explain_write_errors,
     find_checkpoint,
     hash_model_files,
+    is_complete,
+    list_checkpoints,
     lock_output_dir,
     seal_checkpoint,
     share_weights,
     step_of,
 )
-from cluster import local_cluster, ray  # it says to verl and Ray where they are
-from data import VALIDATION, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
-from engines import compute_log_probs, start_workers, update_policy
-from judge import load_reward_function
-from model import load_tokenizer
-from report import print_run_summary, print_step, report_evaluation, save_report
-from rollout import (
-    add_advantages,
-    evaluate,
-    find_equal_groups,
-    join_rollouts,
-    judge_replies,
-    rollout_statistics,
-    sample,
-    select_groups,
+from data import VALIDATION, Prompt, check_groups, hash_prompts, load_split, prompts_of_draw, save_prompts
+from report import (
+    print_run_summary,
+    print_step,
+    report_evaluation,
+    save_report,
+    start_tracking,
 )
+from reward_manager import Scored, load_reward_function, score_completions
 from rows import UserError
 from tiny import tiny_model_folder
+from tokenizer import load_tokenizer
+from worker_groups import compute_log_probs, needs_reference, sample, start_workers, update_policy
 
 
 def describe_run(model_args, data_args, args, prompts: list, validation: list) -> dict:
-    """What must be the same for a checkpoint to be continued exactly."""
+    """What decides the numbers, and so must be the same for a checkpoint to be continued.
+
+    Free are memory, looks and saves, and under a constant rate the number of steps, on which nothing depends then.
+    """
     settings = dataclasses.asdict(args) | dataclasses.asdict(model_args)
-    for name in ("output_dir", "overwrite_output_dir", "logging_steps", "save_freq", "save_total_limit"):
+    for name in ("output_dir", "overwrite_output_dir", "logging_steps", "save_freq", "save_total_limit", "test_freq"):
         del settings[name]
+    for name in ("ppo_max_token_len_per_gpu", "gradient_checkpointing", "report_to", "trust_remote_code"):
+        del settings[name]
+    if args.lr_scheduler_type == "constant":
+        del settings["total_training_steps"]
     settings["model's files"] = hash_model_files(model_args.model_name_or_path)
     settings["reward_function"] = data_args.reward_function
     settings["its file"] = hashlib.sha256(Path(data_args.reward_function.rpartition(":")[0]).read_bytes()).hexdigest()
@@ -59,47 +76,95 @@ def describe_run(model_args, data_args, args, prompts: list, validation: list) -
 
 
 def collect_step(policy, prompts: list, draw: int, tokenizer, reward_function, data_args, args):
-    """A step's replies, what they score, and the number of the next draw of prompts.
+    """A step's completions, what they score, and the number of the next draw of prompts.
 
-    dapo: groups whose scores are all equal teach nothing and are replaced from further draws, of which there are at
-    most `max_num_gen_batches`; where these don't bring enough, equal groups fill the batch.
+    dapo: groups that are all right or all wrong are replaced from further draws, of which there are at most
+    `max_num_gen_batches`; where these don't bring enough, such groups fill the batch. As in verl, what counts is `acc`
+    (without it, the score), and not what a completion earns for its form or pays for its length.
     """
-    unequal, equal = [], []
+    kept, spare = [], []
     while True:
         batch = prompts_of_draw(prompts, draw, args.train_batch_size, args.seed)
         seed = 1000 * args.seed + draw + 1
         rollout = sample(policy, batch, tokenizer.pad_token_id, args.rollout_n, args.temperature, seed)
-        judged = judge_replies(rollout, batch, tokenizer, reward_function, data_args.skip_bad_rewards)
+        scored = score_completions(rollout, batch, tokenizer, reward_function, data_args)
+        zero_variance = find_zero_variance_groups(scored, scored.right)
+        if args.overlong_buffer_len:
+            punish_length(scored, data_args.max_response_length, args)
         draw += 1
         if not ALGORITHMS[args.algorithm]["filter_groups"]:
-            return rollout, judged, draw
-        zero_variance = find_equal_groups(judged)
-        unequal.append(select_groups(rollout, judged, np.flatnonzero(~zero_variance)))
-        equal.append(select_groups(rollout, judged, np.flatnonzero(zero_variance)))
-        found = sum(len(judged.prompts) for _, judged in unequal)
-        if found >= args.train_batch_size or len(unequal) == args.max_num_gen_batches:
-            rollout, judged = join_rollouts([pair for pair in unequal + equal if pair[1].prompts])
-            return *select_groups(rollout, judged, np.arange(args.train_batch_size)), draw
+            return rollout, scored, draw
+        kept.append(select_groups(rollout, scored, np.flatnonzero(~zero_variance)))
+        spare.append(select_groups(rollout, scored, np.flatnonzero(zero_variance)))
+        found = sum(len(scored.prompts) for _, scored in kept)
+        if found >= args.train_batch_size or len(kept) == args.max_num_gen_batches:
+            rollout, scored = join_rollouts([pair for pair in kept + spare if pair[1].prompts])
+            return *select_groups(rollout, scored, np.arange(args.train_batch_size)), draw
 
 
-def take_step(policy, reference, rollout, judged, args) -> dict[str, float]:
-    """Learns from a step's replies and says how it went."""
+def rollout_statistics(rollout: DataProto, scored: Scored) -> dict[str, float]:
+    """Means over the completions that have a score; entropy is estimated by the sampled tokens' own log-probabilities.
+
+    What there is no figure of, since no completion has one, is left out.
+    """
+    mask = rollout.batch["response_mask"].bool()
+    log_probs = rollout.batch["old_log_probs"][mask]
+    values = {name: values[np.isfinite(values)] for name, values in scored.parts.items()}
+    return {
+        "reward": float(np.nanmean(scored.scores)),
+        "reward_std": float(np.nanstd(scored.scores)),
+        **{name: float(known.mean()) for name, known in values.items() if len(known)},
+        "completion_length": float(scored.lengths.mean()),
+        "longest_completion": int(scored.lengths.max()),
+        "finished": float(scored.finished.mean()),
+        **({"entropy": -log_probs.mean().item()} if len(log_probs) else {}),
+        "zero_variance_groups": int(find_zero_variance_groups(scored, scored.scores).sum()),
+        "bad_rewards": int(np.isnan(scored.scores).sum()),
+    }
+
+
+def take_step(policy, reference, rollout, scored, args) -> dict[str, float]:
+    """Learns from a step's completions and says how it went."""
     if args.recompute_log_probs:
+        rollout.batch["rollout_log_probs"] = rollout.batch["old_log_probs"]
         rollout.batch["old_log_probs"] = compute_log_probs(policy, rollout, args)
     if reference is not None:
         rollout.batch["ref_log_prob"] = compute_log_probs(reference, rollout, args)
-    elif args.kl_loss_coef > 0:
+    elif needs_reference(args):
         rollout.batch["ref_log_prob"] = compute_log_probs(policy, rollout, args, no_lora_adapter=True)
-    add_advantages(rollout, judged, ALGORITHMS[args.algorithm]["adv_estimator"])
-    metrics = rollout_statistics(rollout, judged)
+    add_advantages(rollout, scored, ALGORITHMS[args.algorithm]["adv_estimator"], args)
+    metrics = rollout_statistics(rollout, scored)
+    mask = rollout.batch["response_mask"]
+    if args.rollout_is:
+        metrics["rollout_is_mean"] = weigh_rollout(rollout, args)
+    if args.use_kl_in_reward and mask.any():
+        metrics["kl"] = float(token_kl(rollout, args.kl_penalty)[mask.bool()].mean())
     learned = update_policy(policy, rollout, args)
     for name, theirs in (("kl", "kl_loss"), ("clip_fraction", "actor/pg_clipfrac"), ("loss", "loss")):
         if theirs in learned:
             metrics[name] = float(np.mean(learned[theirs]))
-    norms = np.array(learned["grad_norm"])
-    metrics |= {"grad_norm": float(norms.mean()), "skipped_updates": int((~np.isfinite(norms)).sum())}
-    metrics |= {"learning_rate": learned["lr"][-1], "memory_gb": max(learned["perf/max_memory_allocated_gb"])}
-    return metrics
+    norms = np.array(learned.get("grad_norm", []))
+    skipped = len(learned.get("skipped", [])) + int((~np.isfinite(norms)).sum())
+    metrics |= {"skipped_updates": skipped, "learning_rate": learned["lr"][-1]}
+    if np.isfinite(norms).any():
+        metrics["grad_norm"] = float(norms[np.isfinite(norms)].mean())
+    metrics["memory_gb"] = max(learned.get("perf/max_memory_allocated_gb", [0.0]))
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}  # what JSON has
+
+
+def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_args, args):
+    """Validation prompts, `val_n` completions each: pass@1 is the mean of `acc`, pass@n whether one of the n is right.
+
+    Returns:
+        These figures by name, and what they were made of (Scored).
+    """
+    rollout = sample(policy, prompts, tokenizer.pad_token_id, args.val_n, args.val_temperature, args.seed)
+    scored = score_completions(rollout, prompts, tokenizer, reward_function, data_args)
+    right = scored.groups(np.nan_to_num(scored.right))
+    statistics = rollout_statistics(rollout, scored)
+    scores = {"pass@1": float(right.mean()), f"pass@{args.val_n}": float(right.max(1).mean())}
+    shown = ("format", "completion_length", "finished")
+    return scores | {name: statistics[name] for name in shown if name in statistics}, scored
 
 
 def run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags) -> list[dict]:
@@ -108,10 +173,17 @@ def run_steps(policy, reference, prompts, validation, tokenizer, reward_function
     output = Path(args.output_dir)
     history, draw = [], 0
 
+    tracker = start_tracking(args)
+
+    def record(row: dict) -> None:
+        history.append(row)
+        if tracker:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+
     def measure(step: int) -> None:
-        scores, judged = evaluate(policy, validation, tokenizer, reward_function, data_args, args)
-        history.append({"step": step, **scores})
-        report_evaluation(step, scores, judged, output / "samples.jsonl")
+        scores, scored = evaluate(policy, validation, tokenizer, reward_function, data_args, args)
+        record({"step": step, **scores})
+        report_evaluation(step, scores, scored, output / "samples.jsonl")
 
     if checkpoint:
         policy.load_checkpoint(f"{checkpoint}/policy")
@@ -122,10 +194,10 @@ def run_steps(policy, reference, prompts, validation, tokenizer, reward_function
         measure(0)
     for step in range(step_of(checkpoint) + 1 if checkpoint else 1, args.total_training_steps + 1):
         started = time.perf_counter()
-        rollout, judged, draw = collect_step(policy, prompts, draw, tokenizer, reward_function, data_args, args)
-        metrics = take_step(policy, reference, rollout, judged, args)
+        rollout, scored, draw = collect_step(policy, prompts, draw, tokenizer, reward_function, data_args, args)
+        metrics = take_step(policy, reference, rollout, scored, args)
         seconds = time.perf_counter() - started
-        history.append({"step": step, **metrics, "seconds": seconds, "replies_per_second": len(rollout) / seconds})
+        record({"step": step, **metrics, "seconds": seconds, "completions_per_second": len(rollout) / seconds})
         last = step == args.total_training_steps
         if step % args.logging_steps == 0 or last:
             print_step(history[-1], args.total_training_steps)
@@ -136,6 +208,8 @@ def run_steps(policy, reference, prompts, validation, tokenizer, reward_function
             policy.save_checkpoint(str(folder / "policy"), global_step=step)
             (folder / "driver.json").write_text(json.dumps({"draw": draw, "history": history}), "utf-8")
             seal_checkpoint(folder, args.save_total_limit)
+    if tracker:
+        tracker.finish()
     return history
 
 
@@ -151,10 +225,10 @@ def summarise(history: list[dict], model_args, data_args, started: float) -> dic
         "before": evaluations[0],
         "after": evaluations[-1],
         "kl": steps[-1].get("kl"),
-        "equal_groups": sum(row["equal_groups"] for row in steps),
+        "zero_variance_groups": sum(row["zero_variance_groups"] for row in steps),
         "bad_rewards": sum(row["bad_rewards"] for row in steps),
         "skipped_updates": sum(row["skipped_updates"] for row in steps),
-        "replies_per_second": float(np.median([row["replies_per_second"] for row in steps])),
+        "completions_per_second": float(np.median([row["completions_per_second"] for row in steps])),
         "memory_gb_per_process": max(row["memory_gb"] for row in steps),
         "seconds": time.perf_counter() - started,
     }
@@ -164,6 +238,11 @@ def main():
     flags = parse_arguments()
     try:
         train(*flags)
+    except KeyboardInterrupt:
+        sealed = any(is_complete(checkpoint) for checkpoint in list_checkpoints(Path(flags[2].output_dir)))
+        after = "the same command goes on from the last checkpoint" if sealed else "no checkpoint was written yet"
+        print(f"\ninterrupted; {after}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         raised = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         # A worker that has lost another (gloo) is Ray's to report: there is no other process that would tell why.
@@ -188,7 +267,11 @@ def train(model_args, data_args, args) -> None:
     run = describe_run(model_args, data_args, args, prompts, validation)
     checkpoint, finished, messages = find_checkpoint(args.output_dir, run, args.overwrite_output_dir)
     if finished:
-        return print(*messages)
+        report = Path(args.output_dir, "train_results.json")
+        if json.loads(report.read_text("utf-8"))["after"]["step"] >= args.total_training_steps:
+            return print(*messages)
+        report.unlink()  # it says that nothing is left, but more steps are asked for
+        checkpoint, _, messages = find_checkpoint(args.output_dir, run, overwrite=False)
     save_prompts(validation, Path(args.output_dir, VALIDATION))
     print_run_summary(model_name, prompts, validation, tokenizer, args, messages)
     with local_cluster(args.nproc, args.output_dir) as pool:
@@ -207,8 +290,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
     except ray.exceptions.RayError as error:
         sys.exit(f"error: a worker failed, so the run ended: {error}")

@@ -9,7 +9,7 @@ disable_progress_bar()  # 27 tensors are there at once
 
 
 def save_tiny_model(folder: str) -> None:
-    """Writes the model in fp32. It knows no end-of-sequence token, so every reply has the full length."""
+    """Writes the model in fp32. It knows no end-of-sequence token, so every completion has the full length."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=512,
@@ -36,7 +36,7 @@ def make_prompts(count: int, longest: int = 8) -> dict[str, torch.Tensor]:
 
 
 def generate_greedily(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int = 12) -> torch.Tensor:
-    """[prompts, prompt length] -> replies [prompts, length], the likeliest token at each place."""
+    """[prompts, prompt length] -> completions [prompts, length], the likeliest token at each place."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=PAD)
     device = model.device
     with torch.no_grad():

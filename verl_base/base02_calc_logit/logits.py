@@ -90,7 +90,7 @@ def without_padding(batch: DataProto):
 
 
 def sharded_logits(workers: RayWorkerGroup, batch: DataProto) -> torch.Tensor:
-    """[rows, length, vocabulary]; the rows are assigned to the ranks and come back in order."""
+    """[rows, length, vocabulary]; the rows are dispatched to the ranks and come back in order."""
     return workers.get_logits(batch).batch["logits"]
 
 

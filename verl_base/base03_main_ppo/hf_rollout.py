@@ -1,4 +1,4 @@
-"""Replies without vLLM or SGLang: `actor_rollout_ref.rollout.name=hf` samples them with Transformers' generate.
+"""Completions without vLLM or SGLang: `actor_rollout_ref.rollout.name=hf` samples them with Transformers' generate.
 
 verl looks for a rollout in two registries: a `BaseRollout` in each training process hands new weights over, and a
 `RolloutReplica` starts the server that answers with them. VERL_USE_EXTERNAL_MODULES has every process load this file.
@@ -14,22 +14,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
+from tokenizer import find_stop_tokens, read_generation_config
+
 
 @ray.remote(num_cpus=0)
 class HFServer:
     """A copy of the policy; requests that come together are answered as one batch.
 
     Args:
-        reply_length: tokens; a reply is cut off there.
+        completion_length: tokens; a completion is cut off there.
         batch_size: requests that are sampled at once.
     """
 
-    def __init__(self, path: str, reply_length: int, batch_size: int, seed: int):
+    def __init__(self, path: str, completion_length: int, batch_size: int, seed: int):
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.reply_length, self.batch_size = reply_length, batch_size
+        self.completion_length, self.batch_size = completion_length, batch_size
+        self.stop_tokens = find_stop_tokens(self.tokenizer, read_generation_config(path, trust_remote_code=False))
         self.requests, self.version = [], None
 
     def load_weights(self, weights: dict[str, torch.Tensor], version: int) -> None:
@@ -37,11 +40,11 @@ class HFServer:
         self.version = version
 
     async def generate(self, request_id, prompt_ids: list[int], sampling_params: dict, **_) -> TokenOutput:
-        reply = asyncio.get_running_loop().create_future()
-        self.requests.append((prompt_ids, sampling_params["temperature"], reply))
+        completion = asyncio.get_running_loop().create_future()
+        self.requests.append((prompt_ids, sampling_params["temperature"], completion))
         if len(self.requests) == 1:
             self.answering = asyncio.create_task(self.answer())
-        return await reply
+        return await completion
 
     async def answer(self) -> None:
         """Waits until no more requests come, then answers all of them."""
@@ -51,29 +54,35 @@ class HFServer:
             await asyncio.sleep(0.02)
         requests, self.requests = iter(self.requests), []
         while batch := list(itertools.islice(requests, self.batch_size)):
-            prompts, temperatures, replies = zip(*batch, strict=True)
+            prompts, temperatures, completions = zip(*batch, strict=True)
             try:
                 outputs = await asyncio.to_thread(self.sample, prompts, temperatures)
             except Exception as error:
-                for reply in replies:
-                    reply.set_exception(error)
+                for completion in completions:
+                    completion.set_exception(error)
             else:
-                for reply, output in zip(replies, outputs, strict=True):
-                    reply.set_result(output)
+                for completion, output in zip(completions, outputs, strict=True):
+                    completion.set_result(output)
 
     def sample(self, prompts: list[list[int]], temperatures: list[float]) -> list[TokenOutput]:
-        """One reply to each prompt, with the log-probabilities of its tokens at its temperature."""
-        from workers import sample_replies
+        """One completion to each prompt, with the log-probabilities of its tokens at its temperature."""
+        from fast_path import sample_completions
 
         inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-        eos = self.tokenizer.eos_token_id
         temperature = torch.tensor(temperatures)[:, None].clamp(min=1e-5)  # 0: the likeliest token
-        tokens, log_probs = sample_replies(
-            self.model, inputs["input_ids"], inputs["attention_mask"], 1, self.reply_length, self.tokenizer, temperature
+        tokens, log_probs = sample_completions(
+            self.model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            1,
+            self.completion_length,
+            self.stop_tokens,
+            self.tokenizer.pad_token_id,
+            temperature,
         )
         outputs = []
         for ids, values in zip(tokens.tolist(), log_probs.tolist(), strict=True):
-            length = ids.index(eos) + 1 if eos in ids else len(ids)
+            length = next((place for place, token in enumerate(ids, 1) if token in self.stop_tokens), len(ids))
             outputs.append(
                 TokenOutput(
                     token_ids=ids[:length],

@@ -1,4 +1,4 @@
-"""verl's ReplayBuffer, which looks for finished replies every 2 seconds; a tiny model has them sooner."""
+"""verl's ReplayBuffer, which looks for finished completions every 2 seconds; a tiny model has them sooner."""
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 

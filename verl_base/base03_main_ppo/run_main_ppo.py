@@ -22,7 +22,9 @@ from rows import UserError
 os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:verl.workers.engine")  # of engines that nobody asked for
 if not ON_GPU:
     os.environ["VERL_USE_EXTERNAL_MODULES"] += ",base03_main_ppo.hf_rollout,base03_main_ppo.cpu_critic"
-    os.environ.setdefault("TQ_NUM_THREADS", "1")  # TransferQueue's; more than there are cores is a warning a reply
+    os.environ.setdefault(
+        "TQ_NUM_THREADS", "1"
+    )  # TransferQueue's; with more than there are cores, each completion warns
 
 
 def main() -> None:

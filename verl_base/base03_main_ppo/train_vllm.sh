@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# verl's own trainer on the GPUs of this machine, replies by vLLM: GRPO, or PPO with a critic (ALGORITHM=ppo).
+# verl's own trainer on the GPUs of this machine, completions by vLLM: GRPO, or PPO with a critic (ALGORITHM=ppo).
 #
 #   bash base03_main_ppo/train_vllm.sh                     Qwen2.5-7B-Instruct and the sample task, on all GPUs
 #   GPUS=0,1 MODEL=Qwen/Qwen2.5-1.5B-Instruct DATA=my_data bash base03_main_ppo/train_vllm.sh \

@@ -36,7 +36,10 @@ def write_rows(path: Path, rows: list) -> str:
 
 
 def make_policy(folder: Path, seed: int = 0, **changes) -> str:
-    """Saves a Qwen2 of 2 layers with random weights and the recipe's tokenizer."""
+    """Saves a Qwen2 of 2 layers with random weights and the recipe's tokenizer.
+
+    Its attention has a dropout, which nothing that is compared here would bear.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -46,6 +49,7 @@ def make_policy(folder: Path, seed: int = 0, **changes) -> str:
     settings = {
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True},
+        **{"attention_dropout": 0.3},
     }
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
@@ -102,7 +106,10 @@ def reward_file(tmp_path_factory) -> str:
 
 # Of two processes (-n 2), one has the Ray of the tests; the other has the runs that start their own.
 GROUPS = {
-    **{name: "tests' Ray" for name in ("test_lessons.py::test_lesson", "test_workers.py", "test_train.py")},
+    **{
+        name: "tests' Ray"
+        for name in ("test_lessons.py::test_lesson", "test_workers.py", "test_fast_path.py", "test_train.py")
+    },
     **{name: "own Ray" for name in ("test_kill.py", "test_main_ppo.py")},
 }
 
@@ -160,15 +167,15 @@ def start(ray_here):
     import ray
     from verl.single_controller.ray import RayResourcePool
 
-    import engines
-    from model import load_tokenizer
+    import worker_groups
+    from tokenizer import load_tokenizer
 
     groups, pools = [], []
 
-    def start_here(model_args, args, reply_length: int = 8):
+    def start_here(model_args, args, completion_length: int = 8):
         tokenizer = load_tokenizer(model_args)
         pools.append(RayResourcePool([args.nproc], use_gpu=cluster.ON_GPU, max_colocate_count=1))
-        policy, reference = engines.start_workers(pools[-1], model_args, args, tokenizer, reply_length)
+        policy, reference = worker_groups.start_workers(pools[-1], model_args, args, tokenizer, completion_length)
         groups.append(policy)
         return policy, reference
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,11 +11,11 @@ from transformers import Qwen3NextConfig
 
 from conftest import QUESTIONS, make_policy, write_rows
 from data import check_groups, hash_prompts, load_prompts, load_split, prompts_of_draw, save_prompts
-from model import find_end_of_turn, load_tokenizer
 from prepare import make_arithmetic, make_xiehouyu
 from rewards import add, compute_score, steps_to_take, subtract, to_chinese
-from rollout import collate_prompts
 from rows import UserError
+from tokenizer import find_end_of_turn, find_stop_tokens, load_tokenizer, read_generation_config
+from worker_groups import collate_prompts
 
 
 @pytest.mark.parametrize(
@@ -26,15 +27,15 @@ def test_numbers_are_written_out(number, text):
     assert to_chinese(number) == text
 
 
-def test_worked_replies_are_right_and_well_formed():
+def test_worked_completions_are_right_and_well_formed():
     assert add(37, 25) == ("三十七加二十五等于几？", "七加五得十二，三加二得五，进一得六，答案：六十二", "六十二")
     assert subtract(92, 48)[1:] == ("十二减八得四，九借一得八，八减四得四，答案：四十四", "四十四")
     problems = make_arithmetic()
-    for question, reply, answer in problems["sft"][:300]:
+    for question, completion, answer in problems["sft"][:300]:
         x, y = question.removesuffix("等于几？").split("加" if "加" in question else "减")
         numbers = {to_chinese(number): number for number in range(200)}
         assert numbers[answer] == (numbers[x] + numbers[y] if "加" in question else numbers[x] - numbers[y])
-        assert compute_score("arithmetic", reply, answer, {"question": question})["score"] == pytest.approx(1.6)
+        assert compute_score("arithmetic", completion, answer, {"question": question})["score"] == pytest.approx(1.6)
 
 
 def test_no_problem_stands_in_two_files():
@@ -52,7 +53,7 @@ def test_validation_sayings_are_asked_for_in_words_that_training_has_not():
 
 
 @pytest.mark.parametrize(
-    ("reply", "score"),
+    ("completion", "score"),
     [
         ("七加五得十二，三加二得五，进一得六，答案：六十二", 1.6),
         ("答案：六十二", 1.1),
@@ -64,12 +65,12 @@ def test_validation_sayings_are_asked_for_in_words_that_training_has_not():
         ("答案：六十三，答案：六十二", 0.0),  # two answers are none
         ("六十二", 0.0),
         ("", 0.0),
-        ("想" * 30 + "答案：六十二", 1.1 - 0.04),  # four characters over the limit
+        ("想" * 90 + "答案：六十二", 1.1),  # how long it may be is said by --max_response_length
     ],
 )
-def test_reward_of_a_sum(reply, score):
+def test_reward_of_a_sum(completion, score):
     extra_info = {"question": "三十七加二十五等于几？"}
-    assert compute_score("arithmetic", reply, "六十二", extra_info)["score"] == pytest.approx(score)
+    assert compute_score("arithmetic", completion, "六十二", extra_info)["score"] == pytest.approx(score)
 
 
 def test_steps_are_known_for_questions_of_this_kind_only():
@@ -80,7 +81,7 @@ def test_steps_are_known_for_questions_of_this_kind_only():
     assert compute_score("arithmetic", "三加五得八，零加零得零，答案：八", "八")["score"] == pytest.approx(1.1)
 
 
-def test_reward_of_a_cut_off_reply_and_of_a_saying():
+def test_reward_of_a_cut_off_completion_and_of_a_saying():
     assert compute_score("arithmetic", "答案：六十", "六十", {"finished": False})["score"] == 0
     assert compute_score("xiehouyu", "费力不讨好", "费力不讨好")["score"] == pytest.approx(1.1)
     assert compute_score("xiehouyu", "费力", "费力不讨好")["score"] == pytest.approx(0.1)
@@ -152,7 +153,9 @@ def test_prompts_are_saved_as_they_were_read(tmp_path, tokenizer):
 def test_a_group_that_might_not_fit_is_refused(data_file, tokenizer, parse_arguments):
     prompts = load_prompts(data_file, tokenizer, 64, None)
     _, data_args, args = parse_arguments(max_response_length=64, ppo_max_token_len_per_gpu=256)
-    with pytest.raises(UserError, match="4 replies to the longest prompt may have .* --ppo_max_token_len_per_gpu 256"):
+    with pytest.raises(
+        UserError, match="4 completions to the longest prompt may have .* --ppo_max_token_len_per_gpu 256"
+    ):
         check_groups(prompts, data_args, args)
     _, data_args, args = parse_arguments(max_response_length=32, ppo_max_token_len_per_gpu=256)
     check_groups(prompts, data_args, args)
@@ -200,6 +203,30 @@ def test_eos_is_what_ends_a_turn(tmp_path, tokenizer, parse_arguments):
     assert load_tokenizer(model_args).eos_token == "<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("configured", "stops"),
+    [
+        ({"generation_config.json": {"eos_token_id": [0, 2]}, "config.json": {"eos_token_id": 5}}, [0, 2]),
+        ({"generation_config.json": {"eos_token_id": 7}}, [2, 7]),
+        ({"generation_config.json": {"top_p": 0.8}, "config.json": {"eos_token_id": 5}}, [2]),  # it stands alone
+        ({"config.json": {"eos_token_id": [0, 5]}}, [0, 2, 5]),
+        ({"config.json": {"eos_token_id": None}}, [2]),
+    ],
+)
+def test_stop_tokens_are_one_set(tmp_path, tokenizer, policy_folder, configured, stops):
+    """What the template ends a turn by, and what the folder names, as Transformers reads it with the model."""
+    from infer import load_trained_model
+
+    shutil.copytree(policy_folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    for name, changes in configured.items():
+        path = tmp_path / "model" / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    assert find_stop_tokens(tokenizer, read_generation_config(str(tmp_path / "model"), False)) == stops
+    model, _ = load_trained_model(str(tmp_path / "model"))  # as the page and the command line load it
+    assert model.generation_config.eos_token_id == stops
+
+
 def test_saved_tokenizer_is_the_one_that_was_trained(tmp_path):
     from transformers import AutoTokenizer
 
@@ -242,9 +269,19 @@ def test_models_that_cannot_be_used(tmp_path, parse_arguments):
         ({"eval_data_path": "x.jsonl"}, "--validation_split has no effect"),
         ({"num_generations": 8}, "num_generations"),
         ({"max_response_length": 0}, "--max_response_length 0: must be at least 1"),
-        ({"lr_scheduler_type": "linear"}, "verl knows constant, cosine"),
-        ({"loss_agg_mode": "mean"}, "verl knows token-mean"),
+        ({"lr_scheduler_type": "linear"}, "known are constant, cosine"),
+        ({"loss_agg_mode": "mean"}, "known are token-mean"),
         ({"max_num_gen_batches": 8}, "no effect on grpo"),
+        ({"kl_loss_type": "k4"}, "known are kl, k1, .* low_var_kl\\+"),
+        ({"loss_mode": "ppo"}, "known are vanilla, gspo"),
+        ({"kl_loss_coef": 0, "kl_loss_type": "k2"}, "--kl_loss_type has no effect without --kl_loss_coef above 0"),
+        ({"kl_coef": 0.1}, "--kl_coef has no effect without --use_kl_in_reward true"),
+        ({"algorithm": "rloo", "norm_adv_by_std_in_grpo": "false"}, "no effect without the advantages of grpo or dapo"),
+        ({"rollout_is": "token"}, "--rollout_is has no effect without --recompute_log_probs true"),
+        ({"overlong_buffer_len": 9}, "at most --max_response_length 8"),
+        ({"report_to": "swanlab"}, "pip install swanlab"),
+        ({"report_to": "tensorbord"}, "known are none, tensorboard"),
+        ({"reward_timeout": 0}, "more than 0 seconds"),
     ],
 )
 def test_flags_that_cannot_work(parse_arguments, changes, message):
@@ -262,9 +299,10 @@ def test_more_workers_than_cores(parse_arguments, tmp_path):
 def test_flags_from_a_file(monkeypatch, tmp_path):
     from arguments import parse_arguments
 
-    yaml = "algorithm: dapo\ntrain_batch_size: 64\nlearning_rate: 1e-6\nbf16: false\nuse_lora: true\n"
-    (tmp_path / "my.yaml").write_text(yaml + "target_modules: [q_proj, v_proj]\neval_data_path: null\n")
+    yaml = "algorithm: dapo\nmax_response_length: 100\ntrain_batch_size: 64\nlearning_rate: 1e-6\nbf16: false\n"
+    (tmp_path / "my.yaml").write_text(yaml + "use_lora: true\ntarget_modules: [q_proj, v_proj]\neval_data_path: null\n")
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "my.yaml")])
     model_args, _, args = parse_arguments()
     assert (args.learning_rate, args.bf16, model_args.target_modules) == (1e-6, False, ["q_proj", "v_proj"])
     assert (args.algorithm, args.train_batch_size, args.clip_ratio_high, args.kl_loss_coef) == ("dapo", 64, 0.28, 0)
+    assert (args.overlong_buffer_len, args.mask_truncated_completions, args.use_kl_in_reward) == (20, False, False)

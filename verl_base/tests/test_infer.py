@@ -30,8 +30,10 @@ def output(tmp_path_factory, policy_folder, data_file, reward_file) -> str:
     folder = tmp_path_factory.mktemp("output")
     make_policy(folder, seed=1)
     before, after = ({"step": step, "pass@1": right, "pass@2": right + 0.1} for step, right in ((0, 0.3), (2, 0.8)))
-    steps = [{"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "reply_length": 9.0} for step in (1, 2)]
-    history = [before, *({**row, "equal_groups": 1} for row in steps), after]
+    steps = [
+        {"step": step, "reward": 0.2 * step, "kl": 0.01, "entropy": 1.0, "completion_length": 9.0} for step in (1, 2)
+    ]
+    history = [before, *({**row, "zero_variance_groups": 1} for row in steps), after]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     shutil.copy(data_file, folder / "validation.jsonl")
     results = {"model": policy_folder, "reward_function": reward_file, "max_response_length": 64}
@@ -58,8 +60,8 @@ def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     model, _ = load_trained_model(output)
     prompt = Prompt([{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", "here")
     rows = sample_scored(model, tokenizer, prompt, compute_score, max_new_tokens=64, n=4)
-    assert len({row["reply"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
-    assert all({"reply", "score", "acc", "format"} <= set(row) for row in rows)
+    assert len({row["completion"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
+    assert all({"completion", "score", "acc", "format"} <= set(row) for row in rows)
     with pytest.raises(UserError, match="no train_results.json there"):
         read_results(str(RECIPE / "tests"))
     with pytest.raises(UserError, match="no trained model there"):

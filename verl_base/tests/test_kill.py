@@ -1,6 +1,11 @@
-"""However a run ends, nothing of it is left: after Ctrl-C, a killed driver, a killed worker."""
+"""However a run ends, nothing of it is left: after Ctrl-C, a killed driver, a killed worker.
+
+The last of them is trained in a copy of the recipe that has no fast path.
+"""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +23,16 @@ HOW = {"driver": 1, "ctrl-c": 1, "term": 1, "worker": 2}  # what is ended, and t
 class Run:
     """train.py with a Ray of its own, since that is what must end with it; in a process group of its own."""
 
-    def __init__(self, folder: Path, nproc: int, data: list[str]):
+    def __init__(self, folder: Path, recipe: Path, nproc: int, data: list[str]):
         self.output, self.log = folder / "output", folder / "log"
         flags = [*data, "--output_dir", str(self.output), "--nproc", str(nproc), "--max_response_length", "8"]
         flags += ["--train_batch_size", "4", "--ppo_mini_batch_size", "2", "--total_training_steps", "100000"]
         flags += ["--logging_steps", "1", "--test_freq", "100000", "--save_freq", "100000"]
+        kept = {name: value for name, value in os.environ.items() if not re.match("RAY_|VERL_|PYTHONPATH", name)}
         self.driver = subprocess.Popen(
             [sys.executable, "-u", "train.py", *flags],
-            cwd=RECIPE,
-            env=os.environ | {"RUN": str(self.output)},
+            cwd=recipe,
+            env=kept | {"RUN": str(self.output)},
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -60,7 +66,10 @@ class Run:
 def ended_runs(tmp_path_factory, policy_folder, data_file, reward_file):
     """Runs that train side by side until each is ended in its way."""
     data = ["--model_name_or_path", policy_folder, "--data_path", data_file, "--reward_function", reward_file]
-    runs = {how: Run(tmp_path_factory.mktemp(how), nproc, data) for how, nproc in HOW.items()}
+    without = tmp_path_factory.mktemp("plain") / "verl_base"
+    shutil.copytree(RECIPE, without, ignore=shutil.ignore_patterns("fast_path.py", "output*", "cache_data", ".*_cache"))
+    recipes = {how: without if how == "worker" else RECIPE for how in HOW}
+    runs = {how: Run(tmp_path_factory.mktemp(how), recipes[how], nproc, data) for how, nproc in HOW.items()}
     try:
         for how, run in runs.items():
             run.wait_for_its_second_step()
@@ -86,6 +95,8 @@ def test_nothing_is_left(how, ended_runs):
     # Two helpers of a Ray that was killed report its end to it for a minute before they go.
     assert wait_until_gone(run.output, 90 if how == "driver" else 30) == []
     assert status == {"ctrl-c": 130, "term": 143, "driver": -signal.SIGKILL, "worker": 1}[how]
+    if how == "ctrl-c":
+        assert "interrupted; no checkpoint was written yet" in run.log.read_text()
     if how == "worker":
         assert "error: a worker failed" in run.log.read_text()
     assert "Traceback" not in run.log.read_text(), run.log.read_text()[-3000:]

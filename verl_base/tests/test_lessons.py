@@ -26,43 +26,43 @@ from conftest import RECIPE
 
 WRITTEN_BY_RUNS = shutil.ignore_patterns("output*", "cache_data", "tests", "__pycache__", ".*_cache")
 SHOWN = {
-    "base01_worker_and_ray.code01_ray_actor": [
+    "base01_worker_and_ray.code02_ray_actor": [
         r"account 0: +pid \d+, balance 5\naccount 1: +pid \d+, balance 105\n",
         r"from call to call: \[6, 7, 8\]",
         r"sum them up to \[499999500000, 499999500000\]",
         r"proof: 3 processes, each state kept, calls to two actors overlap, calls to one queue",
     ],
-    "base01_worker_and_ray.code02_worker_group": [
+    "base01_worker_and_ray.code03_worker_group": [
         r"RANK +0 +1\n +WORLD_SIZE +2 +2\n +LOCAL_RANK +0 +0\n +MASTER_ADDR +(\S+) +\1\n +MASTER_PORT +(\d+) +\2\n",
         r"rank 0 alone: 'hello, verl, from rank 0 of 2'",
         r"proof: ranks 0 and 1 of 2 in two processes, one rendezvous, all-reduce gives 30.0 on both",
     ],
-    "base01_worker_and_ray.code03_data_proto": [
+    "base01_worker_and_ray.code04_data_proto": [
         r"5 rows on 2 ranks: only support equal chunk",
         r"padded by 1 to 6 rows: a b c d e a\n",
         r"c \[4, 5\] -> +90 by rank 0\n +d \[6, 7\] -> 130 by rank 1\n",
         r"names a a b b c c d d e e\n +ranks 0 0 0 0 0 1 1 1 1 1\n",
         r"proof: scores 10 50 90 130 170 in the order of the rows, 3 by rank 0 and 2 by rank 1",
     ],
-    "base01_worker_and_ray.code04_custom_dispatch": [
-        r"assigned in halves: rank +0 +0 +0 +0 +1 +1 +1 +1 +\[22, 128\]",
-        r"assigned by length: .* +\[75, 75\]",
+    "base01_worker_and_ray.code05_custom_dispatch": [
+        r"dispatched in halves: rank +0 +0 +0 +0 +1 +1 +1 +1 +\[22, 128\]",
+        r"dispatched by length: .* +\[75, 75\]",
         r"proof: tokens per rank \[75, 75\], rows in order",
     ],
-    "base01_worker_and_ray.code05_generate": [
+    "base01_worker_and_ray.code06_generate": [
         r"prompt 2: rank 0: .*\nprompt 3: rank 1: ",
-        r"proof: 60 tokens in 5 replies by 2 workers, all equal to those of one process",
+        r"proof: 60 tokens in 5 completions by 2 workers, all equal to those of one process",
     ],
-    "base01_worker_and_ray.code06_accelerate": [
-        r"rank 1: answered 2 prompts itself and has 5 replies",
-        r"proof: \[3, 2\] prompts per rank; both ranks have all 5 replies, equal to those of one process",
+    "base01_worker_and_ray.code07_accelerate": [
+        r"rank 1: answered 2 prompts itself and has 5 completions",
+        r"proof: \[3, 2\] prompts per rank; both ranks have all 5 completions, equal to those of one process",
     ],
-    "base01_worker_and_ray.code07_colocated_roles": [
+    "base01_worker_and_ray.code08_colocated_roles": [
         r"pids of the actor: +(\d+ \d+)\npids of the reference: +\1\n",
         r"step 0: loss on rank 0 and 1: 6\.23\d+ 6\.23\d+\n",
         r"proof: same pids; .* is 0\.0000 before learning and 1\.7\d+ after it",
     ],
-    "base02_calc_logit.code01_get_logits": [
+    "base02_calc_logit.code09_get_logits": [
         r"rank 0 holds 279,680 of 559,360 bytes .*\nrank 1 holds 279,680 of 559,360 bytes",
         r"model_world_size_2_rank_1\.pt\n",
         r"log-probs, sharded - plain +differ by at most \d\.\de-(0[789]|[1-9]\d)\n",
@@ -71,7 +71,7 @@ SHOWN = {
         r"proof: a step moved the logits by 0\.\d+; all that should be equal differs by at most \d\.\de-(0[789])",
     ],
 }
-BY_COMMAND = "base01_worker_and_ray.code01_ray_actor"
+BY_COMMAND = "base01_worker_and_ray.code02_ray_actor"
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_command_leaves_no_process(folder, environment, tmp_path):
 
 
 def test_notebook_shows_equal_logits(folder, environment):
-    path = folder / "base02_calc_logit" / "code02_get_logits.ipynb"
+    path = folder / "base02_calc_logit" / "code10_get_logits.ipynb"
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in cells:

@@ -18,10 +18,10 @@ from base03_main_ppo.check_configs import ALGORITHMS, SCRIPTS, check_script
 from base03_main_ppo.make_parquet import make_parquet, read_rows
 from base03_main_ppo.untuned import save_untuned
 from conftest import QUESTIONS, RECIPE, addresses_listened_on, processes_of, write_rows
-from rewards import compute_score
+from reward_manager import load_reward_function
 from rows import UserError
 
-# A policy with random weights writes 48 tokens of nonsense, of which our reward takes off what is too long.
+# A policy with random weights writes 48 tokens of nonsense.
 RL = ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=20", "data.max_response_length=48"]
 RL += ["trainer.val_before_train=false"]
 RL += ["trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2"]  # 60 prompts: two epochs
@@ -144,12 +144,14 @@ def test_warm_start_lowers_the_loss(tmp_path, task):
         assert tuned(ids, labels=ids).loss < untuned(ids, labels=ids).loss
 
 
-def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, task, policy_folder, request):
+def test_ppo_learns_from_a_reward_and_listens_to_this_machine_only(tmp_path, task, policy_folder, reward_file, request):
     """PPO needs all that GRPO needs, and a critic. It starts its own Ray, which is what must listen to nobody else."""
     output = tmp_path / "ppo"
-    dump = f"trainer.rollout_data_dir={output / 'rollouts'}"
+    path, name = reward_file.rsplit(":", 1)
+    own = [f"reward.custom_reward_function.path={path}", f"reward.custom_reward_function.name={name}"]
+    own += [f"trainer.rollout_data_dir={output / 'rollouts'}"]
     variables = {"MODEL": policy_folder, "ALGORITHM": "ppo", "NPROC": "1"}
-    run = start_script("train_cpu.sh", output, task, [*RL, dump], **variables)
+    run = start_script("train_cpu.sh", output, task, [*RL, *own], **variables)
     request.addfinalizer(lambda: [process.kill() for process in processes_of(output)])
     addresses = set()
     while run.poll() is None:
@@ -161,7 +163,8 @@ def test_ppo_learns_from_our_reward_and_listens_to_this_machine_only(tmp_path, t
     shown = read_log(output)
     scores = find_metric("critic/score/mean", shown)
     rows = [json.loads(line) for line in (output / "rollouts" / "1.jsonl").read_text("utf-8").splitlines()]
-    expected = [compute_score("arithmetic", row["output"], row["gts"])["score"] for row in rows]
+    reward = load_reward_function(reward_file)
+    expected = [reward("arithmetic", row["output"], row["gts"])["score"] for row in rows]
     assert len(rows) == 40 and len(set(expected)) > 1
     assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-6)
     assert len(scores) == 2 and scores[0] == pytest.approx(sum(expected) / len(expected), abs=1e-6)

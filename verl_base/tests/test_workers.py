@@ -8,9 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_policy
 from data import load_prompts
-from engines import compute_log_probs, update_policy
-from layers import SampledTokens
-from rollout import sample
+from worker_groups import compute_log_probs, policy_loss, sample, update_policy
 
 
 def load_plain(folder) -> torch.nn.Module:
@@ -19,7 +17,7 @@ def load_plain(folder) -> torch.nn.Module:
 
 
 def plain_log_probs(model, batch) -> torch.Tensor:
-    """Log-probabilities [replies, length] of the replies by one padded forward pass."""
+    """Log-probabilities [completions, length] of the completions by one padded forward pass."""
     length = batch["responses"].shape[1]
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
@@ -28,7 +26,7 @@ def plain_log_probs(model, batch) -> torch.Tensor:
 
 
 def cut_off(rollout):
-    """The rollout with replies of 1, 2, 3 ... tokens."""
+    """The rollout with completions of 1, 2, 3 ... tokens."""
     batch = rollout.batch
     width, length = batch["prompts"].shape[1], batch["responses"].shape[1]
     batch["response_mask"] *= torch.arange(length) < 1 + torch.arange(len(rollout))[:, None] % length
@@ -67,7 +65,7 @@ def test_sampled_log_probs_are_the_models(start, parse_arguments, prompts, token
     other = sample(policy, prompts[:6], tokenizer.pad_token_id, 4, temperature=1.0, seed=2)
     assert torch.equal(rollout.batch["responses"], again.batch["responses"])
     assert not torch.equal(rollout.batch["responses"], other.batch["responses"])
-    assert len({tuple(reply) for reply in rollout.batch["responses"][:4].tolist()}) > 1
+    assert len({tuple(completion) for completion in rollout.batch["responses"][:4].tolist()}) > 1
     model = load_plain(policy_folder)
     mask = rollout.batch["response_mask"]
     with torch.no_grad():
@@ -89,82 +87,119 @@ def test_sampled_log_probs_are_the_models(start, parse_arguments, prompts, token
     rollout.save_to_disk(rollout_file)
 
 
-def test_tokens_are_sampled_by_their_probabilities():
-    torch.manual_seed(0)
-    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
-    sampled = SampledTokens(2.0)
-    tokens = sampled(None, (2 * probabilities.log()).expand(100_000, -1)).argmax(-1)
-    shares = torch.bincount(tokens, minlength=6) / 100_000
-    torch.testing.assert_close(shares, probabilities, atol=0.005, rtol=0)  # three standard errors
-    assert not shares[probabilities == 0].any()
-    torch.testing.assert_close(sampled.log_probs[0][:, 0], probabilities[tokens].log())
-
-
-def test_replies_end_with_their_eos(start, parse_arguments, prompts, tokenizer, tmp_path):
-    """The token that ends a turn, though the model's folder names another one, as those of base models do; and what a
-    folder recommends for chatting has no say in training. One rank ends long before the other."""
+def test_completions_end_with_a_stop_token(start, parse_arguments, prompts, tokenizer, tmp_path):
+    """The token that ends a turn, though the tokenizer names another one, as those of base models do, and those that
+    generation_config.json names; what else it recommends for chatting has no say in training. One rank ends long before
+    the other."""
     folder = make_policy(tmp_path / "base")
-    model, eos = load_plain(folder), tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model.get_input_embeddings().weight.data[eos] *= 20  # so that many replies end
+    model, stops = load_plain(folder), tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    model.get_input_embeddings().weight.data[stops] *= 15  # so that many completions end
     model.save_pretrained(folder)
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.5}
+    recommended["eos_token_id"] = stops[:1]  # as GLM-4's <|user|>: it begins the next turn
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(recommended))
     model_args, _, args = parse_arguments(model_name_or_path=folder)
-    policy, _ = start(model_args, args, reply_length=48)
-    batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=32).batch
-    assert batch["response_mask"].sum(1).tolist() == [5, 48, 2, 12]
-    for reply, mask in zip(batch["responses"], batch["response_mask"], strict=True):
-        said = reply[mask.bool()].tolist()
-        assert said.count(eos) == (said[-1] == eos) and (said[-1] == eos or len(said) == 48)
+    policy, _ = start(model_args, args, completion_length=48)
+    batch = sample(policy, prompts[:2], tokenizer.pad_token_id, 2, temperature=1.0, seed=20).batch
+    assert batch["response_mask"].sum(1).tolist() == [7, 13, 4, 48]
+    for completion, mask in zip(batch["responses"], batch["response_mask"], strict=True):
+        said = completion[mask.bool()].tolist()
+        assert not set(said[:-1]) & set(stops) and (said[-1] in stops or len(said) == 48)
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+    ends = batch["responses"].gather(1, batch["response_mask"].sum(1, keepdim=True) - 1)[:, 0]
+    assert batch["finished"].tolist() == [end in stops for end in ends.tolist()]
     with torch.no_grad():
         expected = plain_log_probs(model, batch)
     torch.testing.assert_close(batch["old_log_probs"], expected, atol=1e-5, rtol=0)
     policy.save_model(str(tmp_path / "learned"))
     saved = json.loads((tmp_path / "learned" / "generation_config.json").read_text())
-    assert {name: saved.get(name) for name in recommended} == recommended
+    assert {name: saved.get(name) for name in recommended} == recommended | {"eos_token_id": stops}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+def clipped(ratio, advantages):
+    return torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+def grpo_terms(difference, to_reference, advantages, weights):
+    """Of each token: the clipped gain, weighed (TIS), and low_var_kl (http://joschu.net/blog/kl-approx.html)."""
+    kl = (-to_reference).exp() + to_reference - 1
+    return 0.1 * kl - weights * clipped(difference.exp(), advantages)
+
+
+def grpo_loss(difference, to_reference, advantages, weights, mask):
+    """The mean over all tokens."""
+    return (grpo_terms(difference, to_reference, advantages, weights) * mask).sum() / mask.sum()
+
+
+def dr_grpo_loss(difference, to_reference, advantages, weights, mask):
+    """Sums over the tokens of a completion, by the tokens that it may have (arXiv:2503.20783)."""
+    return (grpo_terms(difference, to_reference, advantages, weights) * mask).sum(1).mean() / mask.shape[1]
+
+
+def gspo_loss(difference, to_reference, advantages, weights, mask):
+    """Clipped ratios of whole completions (arXiv:2507.18071, equation 5), and k1+: k1's value, k2's gradient."""
+
+    def over_completions(values):
+        return (values * mask).sum(1) / mask.sum(1)
+
+    gain = clipped(over_completions(difference).exp(), advantages[:, 0])
+    square = over_completions(to_reference**2 / 2)
+    kl = over_completions(to_reference).detach() + square - square.detach()
+    return (0.1 * kl - gain).mean()
+
+
+DR_GRPO = {"loss_agg_mode": "seq-mean-token-sum-norm"}
+GSPO = {"loss_mode": "gspo", "loss_agg_mode": "seq-mean-token-mean", "kl_loss_type": "k1+"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "losses"), [(1, [(gspo_loss, GSPO), (dr_grpo_loss, DR_GRPO)]), (2, [(grpo_loss, {})])]
+)
 def test_an_update_is_that_of_a_plain_loop(
-    start, parse_arguments, prompts, tokenizer, processes, rollout_file, policy_folder, tmp_path
+    start, parse_arguments, prompts, tokenizer, processes, losses, rollout_file, policy_folder, tmp_path
 ):
-    """Clipped loss and KL, token mean over the global mini-batch, AdamW: same gradient norm, same weights to 1e-5."""
+    """Clipped loss and KL, means over the global mini-batch, AdamW: same gradient norm, same weights to 1e-5."""
     from verl import DataProto
 
     flags = {"train_batch_size": 6, "ppo_mini_batch_size": 6, "nproc": processes, "ppo_max_token_len_per_gpu": 128}
-    model_args, _, args = parse_arguments(**flags, kl_loss_coef=0.1)
-    policy, _ = start(model_args, args)
+    policy, _ = start(*parse_arguments(**flags, kl_loss_coef=0.1)[::2])
     few_at_once = sample(policy, prompts[:24], tokenizer.pad_token_id, 4, temperature=1.0, seed=1)
     with torch.no_grad():
         expected = plain_log_probs(load_plain(policy_folder), few_at_once.batch)
     torch.testing.assert_close(few_at_once.batch["old_log_probs"], expected, atol=1e-5, rtol=0)
-    rollout = DataProto.load_from_disk(rollout_file)
-    metrics = update_policy(policy, rollout, args)
     (tmp_path / "learned").mkdir()
     (tmp_path / "learned" / "adapter_config.json").write_text("{}")  # of a run before
-    policy.save_model(str(tmp_path / "learned"))
-    assert not (tmp_path / "learned" / "adapter_config.json").exists()
+    for expected_loss, of_loss in losses:
+        _, _, args = parse_arguments(**flags, **of_loss, kl_loss_coef=0.1)
+        policy.reset()
+        policy.set_loss_fn(policy_loss(args))
+        rollout = DataProto.load_from_disk(rollout_file)
+        batch, mask = rollout.batch, rollout.batch["response_mask"]
+        torch.manual_seed(0)
+        batch["old_log_probs"] += 0.3 * torch.randn(mask.shape) * mask  # so that some ratios are clipped
+        weights = 2 * torch.rand(mask.shape)
+        if expected_loss is not gspo_loss:
+            batch["rollout_is_weights"] = weights
+        metrics = update_policy(policy, rollout, args)
+        assert metrics["actor/pg_clipfrac"][0] > 0.01
+        policy.save_model(str(tmp_path / "learned"))
+        assert not (tmp_path / "learned" / "adapter_config.json").exists()
 
-    model = load_plain(policy_folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    batch, mask = rollout.batch, rollout.batch["response_mask"]
-    log_probs = plain_log_probs(model, batch)
-    ratio = (log_probs - batch["old_log_probs"]).exp()
-    gain = torch.min(ratio * batch["advantages"], ratio.clamp(0.8, 1.2) * batch["advantages"])
-    difference = batch["ref_log_prob"] - log_probs
-    kl = difference.exp() - difference - 1  # http://joschu.net/blog/kl-approx.html
-    loss = ((0.1 * kl - gain) * mask).sum() / mask.sum()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    assert metrics["loss"] == [pytest.approx(loss.item(), abs=1e-5)]
-    assert metrics["grad_norm"] == [pytest.approx(norm.item(), rel=1e-4)]
-    trained = load_plain(tmp_path / "learned").state_dict()
-    for name, weight in model.state_dict().items():
-        torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=0)
+        model = load_plain(policy_folder)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        log_probs = plain_log_probs(model, batch)
+        difference, to_reference = log_probs - batch["old_log_probs"], log_probs - batch["ref_log_prob"]
+        loss = expected_loss(difference, to_reference, batch["advantages"], weights, mask)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert metrics["loss"] == [pytest.approx(loss.item(), abs=1e-5)]
+        assert metrics["grad_norm"] == [pytest.approx(norm.item(), rel=1e-4)]
+        trained = load_plain(tmp_path / "learned").state_dict()
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=0)
 
 
 def test_lora_learns_adapters_only(start, parse_arguments, rollout_file, policy_folder, tmp_path):
@@ -177,12 +212,14 @@ def test_lora_learns_adapters_only(start, parse_arguments, rollout_file, policy_
     assert reference is None  # the model without its adapters is the reference
     rollout = DataProto.load_from_disk(rollout_file)
     mask = rollout.batch["response_mask"]
+    for rank in range(2):  # the second of three mini-batches has nothing to learn from on either rank
+        mask[12 * rank + 4 : 12 * rank + 8] = 0
     metrics = update_policy(policy, rollout, args)
-    assert len(metrics["grad_norm"]) == 3 and min(metrics["grad_norm"]) > 0
+    assert len(metrics["grad_norm"]) == 2 and min(metrics["grad_norm"]) > 0 and metrics["skipped"] == [1]
     assert min(metrics["actor/entropy_loss"]) > 1
     after = compute_log_probs(policy, rollout, args) * mask
     base = compute_log_probs(policy, rollout, args, no_lora_adapter=True) * mask
-    torch.testing.assert_close(base, rollout.batch["old_log_probs"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(base, rollout.batch["old_log_probs"] * mask, atol=1e-5, rtol=0)
     assert (after - base).abs().max() > 1e-3
     policy.save_model(str(tmp_path / "adapter"))
     names = {path.name for path in (tmp_path / "adapter").iterdir()}

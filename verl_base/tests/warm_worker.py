@@ -19,7 +19,8 @@ PATH = "WARM_WORKERS"  # the environment variable with the path of the server's 
 def serve(listener: socket.socket) -> None:
     """Imports what the workers import, then forks one for each connection; runs nothing itself."""
     import base02_calc_logit.workers  # noqa: F401
-    import engines  # noqa: F401
+    import fast_path  # noqa: F401
+    import worker_groups  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
     while True:

@@ -1,6 +1,6 @@
-"""The same inference with Accelerate in the workers: the ranks split the prompts and gather the replies themselves.
+"""The same inference with Accelerate in the workers: the ranks split the prompts and gather the completions themselves.
 
-python -m base01_worker_and_ray.code06_accelerate
+python -m base01_worker_and_ray.code07_accelerate
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import ray
 from transformers import AutoModelForCausalLM
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
-from base01_worker_and_ray.code06_workers import Generator
+from base01_worker_and_ray.code07_workers import Generator
 from base01_worker_and_ray.tiny_model import generate_greedily, make_prompts, save_tiny_model
 
 path = str(Path("output_base01/model").resolve())
@@ -24,7 +24,7 @@ with local_cluster(2, "output_base01") as pool:
     group = RayWorkerGroup(pool, RayClassWithInitArgs(ray.remote(Generator), path=path))
     results = group.generate_sequences(prompts)  # ONE_TO_ALL: every rank gets all prompts; no padding is needed
 for result in results:
-    print(f"rank {result['rank']}: answered {result['own']} prompts itself and has {len(result['all'])} replies")
+    print(f"rank {result['rank']}: answered {result['own']} prompts itself and has {len(result['all'])} completions")
     assert result["all"] == alone.tolist()
 own = [result["own"] for result in results]
-print(f"proof: {own} prompts per rank; both ranks have all {len(alone)} replies, equal to those of one process")
+print(f"proof: {own} prompts per rank; both ranks have all {len(alone)} completions, equal to those of one process")

@@ -1,6 +1,6 @@
 """A model in two halves gives the logits of the whole model, also after a checkpoint; a rank holds one half only.
 
-python -m base02_calc_logit.code01_get_logits
+python -m base02_calc_logit.code09_get_logits
 """
 
 import json

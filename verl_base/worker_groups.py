@@ -1,9 +1,11 @@
-"""The policy and its frozen reference as groups of Ray workers, each on verl's FSDP2 engine."""
+"""The policy and its frozen reference as groups of Ray workers: their settings, and what the driver asks them for."""
 
 from functools import partial
 
 import ray
+import torch
 from verl import DataProto
+from verl.protocol import pad_dataproto_to_divisor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.single_controller.ray.base import create_colocated_worker_cls
 from verl.trainer.config import CheckpointConfig
@@ -15,11 +17,13 @@ from verl.workers.config import (
     HFModelConfig,
     TrainingWorkerConfig,
 )
+from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
-from shared_prompt import MODEL_TYPE
+from data import Prompt
+from tokenizer import find_stop_tokens, read_generation_config
 from workers import PolicyWorker
 
 
@@ -29,8 +33,11 @@ def worker_config(model_args, args, trained: bool) -> TrainingWorkerConfig:
     lora = trained and model_args.use_lora
     targets = model_args.target_modules
     flash = model_args.attn_implementation == "flash_attention_2"  # verl packs sequences for it
+    model_type = "language_model"
+    if args.fast_path and not flash and not model_args.gradient_checkpointing:
+        from fast_path import MODEL_TYPE as model_type
     return TrainingWorkerConfig(
-        model_type="language_model" if flash or model_args.gradient_checkpointing else MODEL_TYPE,
+        model_type=model_type,
         model_config=HFModelConfig(
             path=model_args.model_name_or_path,
             trust_remote_code=model_args.trust_remote_code,
@@ -79,21 +86,31 @@ def policy_loss(args) -> partial:
         entropy_coeff=args.entropy_coeff,
         use_kl_loss=args.kl_loss_coef > 0,
         kl_loss_coef=args.kl_loss_coef,
-        kl_loss_type="low_var_kl",
+        kl_loss_type=args.kl_loss_type,
+        policy_loss=PolicyLossConfig(loss_mode=args.loss_mode),
     )
     return partial(ppo_loss, config=config)
 
 
-def start_workers(pool, model_args, args, tokenizer, reply_length: int) -> tuple[RayWorkerGroup, RayWorkerGroup | None]:
+def needs_reference(args) -> bool:
+    return args.kl_loss_coef > 0 or args.use_kl_in_reward
+
+
+def start_workers(
+    pool, model_args, args, tokenizer, completion_length: int
+) -> tuple[RayWorkerGroup, RayWorkerGroup | None]:
     """The policy, and the reference in the same processes: None where none is needed, or LoRA's base model is it."""
+    generation_config = read_generation_config(model_args.model_name_or_path, model_args.trust_remote_code)
     policy = RayClassWithInitArgs(
         ray.remote(PolicyWorker),
         config=worker_config(model_args, args, trained=True),
         tokenizer=tokenizer,
-        reply_length=reply_length,
+        stop_tokens=find_stop_tokens(tokenizer, generation_config),
+        completion_length=completion_length,
+        fast=args.fast_path,
     )
     roles = {"policy": policy}
-    if args.kl_loss_coef > 0 and not model_args.use_lora:
+    if needs_reference(args) and not model_args.use_lora:
         frozen = worker_config(model_args, args, trained=False)
         roles["reference"] = RayClassWithInitArgs(ray.remote(TrainingWorker), config=frozen)
     group = RayWorkerGroup(pool, create_colocated_worker_cls(roles), device_name="cuda" if pool.use_gpu else "cpu")
@@ -104,6 +121,26 @@ def start_workers(pool, model_args, args, tokenizer, reply_length: int) -> tuple
     return spawned["policy"], spawned.get("reference")
 
 
+def collate_prompts(prompts: list[Prompt], pad_token_id: int) -> DataProto:
+    """Left-padded `input_ids` and `attention_mask` [prompts, longest]."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        attention_mask[row, longest - len(prompt.input_ids) :] = 1
+    return DataProto.from_dict(tensors={"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+def sample(policy, prompts: list[Prompt], pad_token_id: int, n: int, temperature: float, seed: int) -> DataProto:
+    """n completions to each prompt, from all workers."""
+    batch = collate_prompts(prompts, pad_token_id)
+    batch.meta_info |= {"n": n, "temperature": temperature, "seed": seed}
+    padded, added = pad_dataproto_to_divisor(batch, policy.world_size)
+    rollout = policy.generate_sequences(padded)
+    return rollout[: len(rollout) - added * n]
+
+
 def without_padding(batch: DataProto, args):
     """The batch in the form of verl's engines: each sequence as long as it is, in one nested tensor."""
     batch.meta_info |= {"temperature": args.temperature, "force_group_size": args.rollout_n}
@@ -111,7 +148,7 @@ def without_padding(batch: DataProto, args):
 
 
 def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, args, **options):
-    """Log-probabilities [replies, reply length] that a group of workers gives to the replies of a batch."""
+    """Log-probabilities [completions, length] that a group of workers gives to the completions of a batch."""
     data = without_padding(batch, args)
     tu.assign_non_tensor(data, calculate_entropy=False, compute_loss=False, **options)
     output = workers.infer_batch(data).get()
@@ -121,14 +158,14 @@ def compute_log_probs(workers: RayWorkerGroup, batch: DataProto, args, **options
 def update_policy(policy: RayWorkerGroup, batch: DataProto, args) -> dict[str, list]:
     """One optimizer step for each mini-batch, `ppo_epochs` times over the batch; returns verl's metrics."""
     data = without_padding(batch, args)
-    replies = args.ppo_mini_batch_size * args.rollout_n
+    completions = args.ppo_mini_batch_size * args.rollout_n
     tu.assign_non_tensor(
         data,
         calculate_entropy=args.entropy_coeff > 0,
-        global_batch_size=replies,
-        mini_batch_size=replies,
+        global_batch_size=completions,
+        mini_batch_size=completions,
         epochs=args.ppo_epochs,
-        dataloader_kwargs={"shuffle": False},  # the replies to a prompt stay together
+        dataloader_kwargs={"shuffle": False},  # the completions to a prompt stay together
         compute_loss=True,
     )
     return tu.get(policy.train_mini_batch(data).get(), "metrics")

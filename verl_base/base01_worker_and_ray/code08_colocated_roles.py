@@ -1,6 +1,6 @@
 """Two roles in one pool: the actor and its reference live in the same processes, and are called like two groups.
 
-python -m base01_worker_and_ray.code07_colocated_roles
+python -m base01_worker_and_ray.code08_colocated_roles
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from verl import DataProto
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.single_controller.ray.base import create_colocated_worker_cls
 
-from base01_worker_and_ray.code07_workers import Policy
+from base01_worker_and_ray.code08_workers import Policy
 from base01_worker_and_ray.tiny_model import make_prompts, save_tiny_model
 
 path = str(Path("output_base01/model").resolve())

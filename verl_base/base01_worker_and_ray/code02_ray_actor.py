@@ -1,6 +1,6 @@
 """Ray alone: an actor is an object that lives in a process of its own; a call is a message, and its result a future.
 
-python -m base01_worker_and_ray.code01_ray_actor
+python -m base01_worker_and_ray.code02_ray_actor
 """
 
 import os

@@ -1,6 +1,6 @@
 """verl's single controller: one program calls a method once, and a group of workers runs it, one process a rank.
 
-python -m base01_worker_and_ray.code02_worker_group
+python -m base01_worker_and_ray.code03_worker_group
 """
 
 from cluster import local_cluster  # before Ray and verl: they read the environment that it sets
@@ -9,7 +9,7 @@ from cluster import local_cluster  # before Ray and verl: they read the environm
 import ray
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
-from base01_worker_and_ray.code02_workers import VARIABLES, Member
+from base01_worker_and_ray.code03_workers import VARIABLES, Member
 
 with local_cluster(2, "output_base01") as pool:  # RayResourcePool: two places, on a GPU each where there are GPUs
     member = RayClassWithInitArgs(ray.remote(Member), team="verl")  # the class and its arguments; nothing is started

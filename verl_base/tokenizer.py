@@ -1,12 +1,12 @@
-"""The tokenizer of the policy, and whether a model can be used at all."""
+"""The policy's tokenizer, and every token that ends a completion."""
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rows import UserError
 
 
 def load_tokenizer(model_args):
-    """The model's tokenizer; its EOS is what ends an assistant's turn, or replies would never end.
+    """The model's tokenizer; its EOS is what ends an assistant's turn, or completions would never end.
 
     Raises:
         UserError: there is no such model, or not one of attention only, or it has no chat template, without which it
@@ -24,8 +24,8 @@ def load_tokenizer(model_args):
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         raise UserError(
-            f"{path}: it has layers of {', '.join(sorted(others))}, whose state can't be shared by the replies to a "
-            "prompt. Take a model of attention only, or verl's own trainer (base03_main_ppo/train_vllm.sh)."
+            f"{path}: it has layers of {', '.join(sorted(others))}, whose state can't be shared by the completions "
+            "to a prompt. Take a model of attention only, or verl's own trainer (base03_main_ppo/train_vllm.sh)."
         )
     if tokenizer.chat_template is None:
         raise UserError(
@@ -38,6 +38,24 @@ def load_tokenizer(model_args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_generation_config(path: str, trust_remote_code: bool) -> GenerationConfig:
+    """What a model's folder says of generating; without a generation_config.json, what its config says."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+
+
+def find_stop_tokens(tokenizer, generation_config: GenerationConfig) -> list[int]:
+    """Every token that ends a completion: the EOS that `load_tokenizer` has set, and those that are configured.
+
+    GLM-4 names three of them; at <|user|> alone, it would go on with what the user might say next.
+    """
+    configured = generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
 def find_end_of_turn(tokenizer) -> str | None:

@@ -1,6 +1,6 @@
-"""DataProto, verl's batch, and DP_COMPUTE_PROTO: rows are assigned to the ranks, results come back in the same order.
+"""DataProto, verl's batch, and DP_COMPUTE_PROTO: rows are dispatched to the ranks, results come back in the same order.
 
-python -m base01_worker_and_ray.code03_data_proto
+python -m base01_worker_and_ray.code04_data_proto
 """
 
 from cluster import local_cluster  # before Ray and verl: they read the environment that it sets
@@ -13,7 +13,7 @@ from verl import DataProto
 from verl.protocol import pad_dataproto_to_divisor, unpad_dataproto
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
-from base01_worker_and_ray.code03_workers import Scorer
+from base01_worker_and_ray.code04_workers import Scorer
 
 batch = DataProto.from_dict(
     tensors={"input_ids": torch.arange(10).view(5, 2)},  # [rows, length]
