@@ -112,12 +112,21 @@ def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
         trainer.add_callback(LanguageLoss(trainer))
 
 
+def estimate_memory(config, train_dataset, model_args, data_args, args) -> None:
+    """What --estimate true prints."""
+    from estimate import make_plan, print_estimate
+
+    path_class = None
+    if args.fast_path:
+        from alibi import AlibiFastPath as path_class
+    print_estimate(config, train_dataset, make_plan(model_args, data_args, args), path_class)
+
+
 def train(model_args, data_args, args) -> None:
     """The run, from the files to the report."""
     is_main_process = args.process_index == 0
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
-
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
         model_args.model_name_or_path = tiny_model_folder(data_args.data_path)
@@ -127,6 +136,8 @@ def train(model_args, data_args, args) -> None:
     check_vocabulary(model_args.model_name_or_path, tokenizer, config)
     bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_main_process else None
     train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
+    if model_args.estimate:
+        return estimate_memory(config, train_dataset, model_args, data_args, args) if is_main_process else None
     found = [None, False, []]
     if is_main_process:
         run = describe_run(model_args, data_args, args, summary)

@@ -98,6 +98,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "sdpa or eager train on padded batches; flash_attention_2 is taken where it is."},
     )
+    estimate: bool = field(
+        default=False, metadata={"help": "Say what memory a GPU needs for this run, and what would make it fit; end."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
     )
@@ -205,6 +208,8 @@ def refuse_validation_without_rows(data_args, args) -> None:
 
 def refuse_flags_without_effect(model_args, data_args, args) -> None:
     """Raises UserError for a flag that would change nothing here, or not what its name says."""
+    if model_args.estimate and not Path(__file__).with_name("estimate.py").exists():
+        raise UserError("--estimate true: this recipe has no estimate.py.")
     defaults = type(model_args)()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
         if not model_args.use_lora and getattr(model_args, name) != getattr(defaults, name):
