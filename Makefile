@@ -37,6 +37,8 @@ test: .venv/test .venv-verl/test
 	$(ACTIVATE) && cd model_clm && $(PYTEST) tests/test_page.py
 	$(ACTIVATE) && cd chinese_clip_ddp && $(PYTEST) tests -n 2 --ignore tests/test_page.py
 	$(ACTIVATE) && cd chinese_clip_ddp && $(PYTEST) tests/test_page.py
+	$(ACTIVATE) && cd train_llava && $(PYTEST) tests -n 2 --ignore tests/test_page.py
+	$(ACTIVATE) && cd train_llava && $(PYTEST) tests/test_page.py
 
 # Do the loss and the resume stay exact with libraries newer than requirements.txt allows? Before its ranges are raised.
 newest: .venv-newest/ready
@@ -78,6 +80,10 @@ defaults: .venv/test .venv-verl/ready
 		"after['eval_pairs/choices_$$kind'] >= 0.95" || exit 1; done
 	python3 tests/check_results.py chinese_clip_ddp/output/train_results.json "after['eval_emojis/i2t_r10'] >= 0.32"
 	python3 tests/check_results.py chinese_clip_ddp/output/train_results.json "after['eval_emojis_seen/i2t_r1'] >= 0.8"
+	$(ACTIVATE) && bash train_llava/train_zero2.sh --overwrite_output_dir true
+	for name in colour form size count place; do python3 tests/check_results.py train_llava/output_zero2/scenes_results.json \
+		"seen['$$name'] >= 0.95" || exit 1; done
+	python3 tests/check_results.py train_llava/output_zero2/scenes_results.json "blind['mean'] <= 0.35"
 	$(VERL) && bash verl_base/train.sh --overwrite_output_dir true
 	python3 tests/check_results.py verl_base/output/train_results.json "after['pass@1'] > 0.75"
 
@@ -96,6 +102,8 @@ notebooks: .venv/test .venv-verl/test
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py model_clm
 	$(ACTIVATE) && bash chinese_clip_ddp/train_ddp_text_image.sh
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py chinese_clip_ddp
+	$(ACTIVATE) && bash train_llava/train_zero2.sh
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py train_llava
 	$(ACTIVATE) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py pytorch_base
 	$(VERL) && OMP_NUM_THREADS=1 python tests/execute_notebooks.py verl_base
 
@@ -105,6 +113,7 @@ bench: .venv/bench .venv-verl/bench
 	$(ACTIVATE) && python benchmarks/bench_dpo.py
 	$(ACTIVATE) && python benchmarks/bench_clm.py
 	$(ACTIVATE) && python benchmarks/bench_clip.py
+	$(ACTIVATE) && python benchmarks/bench_llava.py
 	$(ACTIVATE) && python benchmarks/bench_classifier.py
 	$(VERL) && python benchmarks/bench_grpo.py --trl .venv-verl/bench
 

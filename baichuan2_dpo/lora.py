@@ -70,8 +70,11 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     return adapted
 
 
-def add_lora(model: nn.Module, model_args) -> nn.Module:
+def add_lora(model: nn.Module, model_args, modules_to_save: list[str] | None = None) -> nn.Module:
     """The model with low-rank adapters; its own weights are frozen (Hu et al., "LoRA", 2021; library: PEFT).
+
+    Args:
+        modules_to_save: modules that are trained whole, and saved with the adapters.
 
     Raises:
         UserError: an adapter can't stand where --target_modules asks for one.
@@ -89,6 +92,7 @@ def add_lora(model: nn.Module, model_args) -> nn.Module:
         lora_dropout=model_args.lora_dropout,
         target_modules=layers,
         target_parameters=stacks,
+        modules_to_save=modules_to_save,
     )
     try:
         renamed = renamed_by_peft(config, model)
@@ -131,7 +135,7 @@ def find_targets(model: nn.Module, targets: list[str]) -> tuple[list[str], list[
         return [name for name in names if any(f".{name}".endswith(f".{target}") for target in some)]
 
     kinds = ", ".join(sorted({name.split(".")[-1] for name in [*layers, *stacks]}))
-    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    head, modules = model.get_output_embeddings(), language_modules(model)
     layers += [name for name, layer in modules.items() if isinstance(layer, nn.Embedding) or layer is head]
     missing = [target for target in targets if not named([*layers, *stacks], [target])]
     if missing:
@@ -154,12 +158,20 @@ def is_plain_product(layer: nn.Module) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == product.shape and torch.allclose(output, product)
 
 
+def language_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name; of a vision-language model those of the language model and its head alone."""
+    if model.config.get_text_config() is model.config:
+        return dict(model.named_modules())
+    inside = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return {name: module for name, module in model.named_modules() if module in inside}
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers but the head."""
     head = model.get_output_embeddings()
     return {
         name: layer
-        for name, layer in model.named_modules()
+        for name, layer in language_modules(model).items()
         if isinstance(layer, nn.Linear | Conv1D) and layer is not head
     }
 
@@ -168,7 +180,7 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
     """The tensors that hold the matrices of all experts of a mixture, each with the layer that owns it."""
     return {
         f"{name}.{weight_name}": layer
-        for name, layer in model.named_modules()
+        for name, layer in language_modules(model).items()
         for weight_name, weight in layer.named_parameters(recurse=False)
         if is_expert_stack(name, layer, weight)
     }
@@ -298,7 +310,7 @@ def describe_adapters(model: nn.Module, model_args) -> list[str]:
             name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
             adapted.add(layer.get_base_layer().get_parameter(name))
     linear, stacks, kinds_with, kinds_without = Counter(), Counter(), Counter(), Counter()
-    for path, layer in model.named_modules():
+    for path, layer in language_modules(model).items():
         path = path.replace(".base_layer", "")
         for name, weight in layer.named_parameters(recurse=False):
             has_adapter, shape = weight in adapted, full_shape(weight)

@@ -108,6 +108,8 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
             "perplexity_after": after["eval_perplexity"],
             "best_checkpoint": trainer.state.best_model_checkpoint,
         }
+        for name in after.keys() - {"eval_loss", "eval_perplexity", "epoch", "step"}:
+            results |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError, model_validator
 
+# >>> api-parameters
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.
 UNSUPPORTED = {
     "n": [1],
@@ -56,6 +57,9 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
+# <<< api-parameters
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -82,6 +86,7 @@ class Message(BaseModel):
         return {**fields, "role": role, "content": "".join(part.text for part in self.content)}
 
 
+# >>> api-request
 class Function(BaseModel):
     model_config = ConfigDict(extra="allow")
     name: str
@@ -178,3 +183,6 @@ async def read_request(request: Request) -> ChatRequest:
         message = f"chat_template_kwargs can't set {', '.join(sorted(taken))}, only variables of the template"
         raise api_error(400, message, "chat_template_kwargs", "invalid_value")
     return chat
+
+
+# <<< api-request

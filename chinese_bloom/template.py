@@ -99,7 +99,7 @@ def stop_tokens(tokenizer) -> set[str]:
 @lru_cache(maxsize=4)
 def read_generation_stops(name_or_path: str) -> list[int]:
     """Ids at which a model stops by its generation_config, or without one by its config; none for an adapter."""
-    for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+    for read in (GenerationConfig.from_pretrained, lambda path: AutoConfig.from_pretrained(path).get_text_config()):
         with suppress(OSError, ValueError):
             ends = read(name_or_path).eos_token_id
             return ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -2,6 +2,7 @@
 
 # The same in every recipe that has it: python tests/copies.py --fix FILE
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -37,13 +38,13 @@ class SFTTrainer(Trainer):
 
     batch_columns = ["input_ids", "labels"]
 
-    def __init__(self, *args, packing: int | None = None, **kwargs):
+    def __init__(self, *args, packing: int | None = None, data_collator=collate, **kwargs):
         """packing: tokens of a bin, or None."""
         for name, reason in NOT_TAKEN.items():
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{name} is not taken: {reason}")
-        super().__init__(*args, data_collator=collate, **kwargs)
-        self.packing = packing
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.packing, self.collate_rows = packing, data_collator
         self.model_accepts_loss_kwargs = True  # the loss below is divided by num_items_in_batch
         self.add_callback(CompleteCheckpoints(self.accelerator, self.args.save_total_limit))
         # The stock rotation removes the old checkpoint before the new one is complete.
@@ -62,7 +63,8 @@ class SFTTrainer(Trainer):
 
     def summed_loss(self, model, batch: dict) -> torch.Tensor:
         """The loss of a batch of `collate`, summed over its supervised tokens."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits
         return self.loss_of_logits(logits[:, :-1], batch["labels"][:, 1:])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -120,19 +122,27 @@ class SFTTrainer(Trainer):
         Args:
             eval_dataset: other rows than the validation rows, as `data.load_encoded` returns them.
         """
-        self.model_wrapped.eval()
-        total = torch.zeros(2, device=self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                total[0] += self.summed_loss(self.model_wrapped, batch)
-                total[1] += (batch["labels"] != IGNORE_INDEX).sum()
-        loss_sum, tokens = self.accelerator.reduce(total).tolist()
-        loss = loss_sum / tokens
-        perplexity = math.exp(min(loss, 700))  # no float holds more
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity}
+        metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def metrics_of(self, rows) -> dict[str, float]:
+        loss_sum, tokens = self.sum_losses(rows)
+        loss = loss_sum / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # no float holds more
+
+    def sum_losses(self, rows) -> tuple[float, float]:
+        """The summed loss of rows on all ranks, and their supervised tokens."""
+        self.model_wrapped.eval()
+        total = torch.zeros(2, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader(rows):
+                total[0] += self.summed_loss(self.model_wrapped, batch)
+                total[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        loss_sum, tokens = self.accelerator.reduce(total).tolist()
+        return loss_sum, tokens
 
     def evaluate_at_the_end(self) -> None:
         """The validation loss of the last step, unless it is known; the best checkpoint's is."""
@@ -149,11 +159,17 @@ class SFTTrainer(Trainer):
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             yield {name: values[row : row + 1, :length] for name, values in batch.items()}
 
+    def shorten(self, row: dict, tokens: int) -> dict:
+        """A training row cut to its first tokens, all of them supervised."""
+        ids = row["input_ids"][:tokens]
+        return {"input_ids": ids, "labels": ids}
+
+    def short_examples(self) -> list[dict]:
+        return [self.shorten(row, 64) for row in itertools.islice(self.train_dataset, 3)]
+
     def refuse_padding_that_changes_the_loss(self) -> None:
         """Raises UserError where padded batches are not their rows: CPM-Ant hides id 0 wherever it stands, say."""
-        args, few = self.args, self.train_dataset[:3]
-        examples = [{"input_ids": ids[:64], "labels": ids[:64]} for ids in few["input_ids"]]
-        batch = self._prepare_inputs(collate(examples))
+        args, batch = self.args, self._prepare_inputs(self.collate_rows(self.short_examples()))
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             apart = sum(self.summed_loss(self.model_wrapped, row) for row in self.rows_apart(batch))

@@ -7,6 +7,8 @@ caption against captions with that one attribute changed. Recall among random sc
 sees no form at all still finds 9 of 10.
 """
 
+# The same in every recipe that has it: python tests/copies.py --fix FILE
+
 import itertools
 import math
 import random

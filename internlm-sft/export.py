@@ -35,6 +35,7 @@ def probe_logits(model, tokenizer) -> torch.Tensor:
     return model(**inputs.to(model.device)).logits[0].float().cpu()
 
 
+# >>> plain-folder
 def refuse_tied_targets(model, named_by: str) -> None:
     """Raises UserError for a low-rank adapter on the input embedding or the head where both are one weight (peft#2018).
 
@@ -84,13 +85,14 @@ def write_older_names(folder: Path) -> None:
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    at_top = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if "rope_theta" in rope:  # elsewhere each type of layer has its own
-        config |= at_top
-        if rope["rope_type"] != "default":
-            config["rope_scaling"] = {name: value for name, value in rope.items() if name not in at_top}
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    for part in (config, config.get("text_config", {})):  # the second: where a vision tower stands beside it
+        rope = part.get("rope_parameters") or {}
+        at_top = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if "rope_theta" in rope:  # elsewhere each type of layer has its own
+            part |= at_top
+            if rope["rope_type"] != "default":
+                part["rope_scaling"] = {name: value for name, value in rope.items() if name not in at_top}
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -99,6 +101,9 @@ def write_older_names(folder: Path) -> None:
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+# <<< plain-folder
 
 
 def export(path: str, target: str, dtype: str | None = None, trust_remote_code: bool = False) -> float:

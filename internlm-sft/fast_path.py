@@ -13,6 +13,7 @@ import copy
 import inspect
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -88,6 +89,8 @@ AttentionInterface.register("packed_sdpa", packed_sdpa)
 # (pytorch#155958).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+LOGITS_AT_ONCE = defaultdict(lambda: 1 << 27, cpu=1 << 21)  # by the kind of device
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, some tokens at a time: the logits of all tokens never exist at once.
@@ -102,8 +105,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         head = weight.to(hidden_states.dtype)
-        logits_at_once = 1 << (21 if hidden_states.device.type == "cpu" else 27)
-        chunk = max(64, logits_at_once // len(head))
+        chunk = max(64, LOGITS_AT_ONCE[hidden_states.device.type] // len(head))
         loss = hidden_states.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden_states) if needs_gradient else None
         weight_gradient = torch.zeros_like(head) if needs_gradient and ctx.needs_input_grad[1] else None
@@ -192,7 +194,10 @@ class GatedProduct(torch.autograd.Function):
 
 
 def project_down(down_proj: nn.Module, activation: Callable, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """down(activation(gate) * up); the product is not kept for down's backward pass but made again from gate and up."""
+    """down(activation(gate) * up); the product is not kept for down's backward pass but made again from gate and up.
+
+    `activation` is a module's forward: ZeRO-3 would take note of a module called then, on some ranks and not on others.
+    """
     product = GatedProduct.apply(activation, gate, up)
     node, address = product.grad_fn, product.data_ptr()
 
@@ -230,12 +235,12 @@ def mlp_candidates(mlp: nn.Module) -> list[tuple[Callable, dict]]:
     def separate(self, hidden_states, *, gate, up, down, activation):
         """Gate and up are matrices of their own (Llama, Qwen, Gemma)."""
         gate, up = getattr(self, gate)(hidden_states), getattr(self, up)(hidden_states)
-        return project_down(getattr(self, down), getattr(self, activation), gate, up)
+        return project_down(getattr(self, down), getattr(self, activation).forward, gate, up)
 
     def joined(self, hidden_states, *, gate_up, down, activation):
         """Gate and up are one matrix (GLM, Phi-3)."""
         gate, up = getattr(self, gate_up)(hidden_states).chunk(2, dim=-1)
-        return project_down(getattr(self, down), getattr(self, activation), gate, up)
+        return project_down(getattr(self, down), getattr(self, activation).forward, gate, up)
 
     if len(others) != 1 or len(linear) not in (2, 3):
         return []
@@ -282,7 +287,7 @@ def find_smaller_forward(module: nn.Module) -> Callable | None:
         try:
             if computes_the_same(module, forward, layers):
                 return forward
-        except (RuntimeError, TypeError, ValueError):  # of another shape, or it takes no bf16
+        except (AssertionError, RuntimeError, TypeError, ValueError):  # of another shape, or it takes no bf16
             continue
     return None
 
@@ -291,14 +296,14 @@ def remove_padding(inputs: dict, targets: torch.Tensor) -> tuple[dict, torch.Ten
     """Examples padded to (examples, longest) -> one after the other, (1, tokens), with positions from 0 in each.
 
     Returns:
-        `input_ids`, `position_ids`, what FlashAttention needs (`cu_seq_lens_q`, `cu_seq_lens_k` of shape
-        (examples + 1,), `max_length_q`, `max_length_k`), `sequence_lengths`; and the targets, laid out alike.
+        What has no padding, as it is; `input_ids`, `position_ids`, what FlashAttention needs (`cu_seq_lens_q`,
+        `cu_seq_lens_k` of shape (examples + 1,), `max_length_q`, `max_length_k`), `sequence_lengths`; and the targets.
     """
-    mask = inputs["attention_mask"].bool()
+    mask = inputs.pop("attention_mask").bool()
     lengths = mask.sum(1)
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    flat = {"input_ids": inputs["input_ids"][mask][None], "position_ids": positions[mask][None]}
+    flat = inputs | {"input_ids": inputs["input_ids"][mask][None], "position_ids": positions[mask][None]}
     lengths = lengths.tolist()
     flat |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     return flat | {"sequence_lengths": lengths}, targets[mask][None]
@@ -355,7 +360,7 @@ class FastPath(TrainerCallback):
 
     def summed_loss(self, model, batch: dict) -> torch.Tensor:
         """What SFTTrainer.summed_loss computes."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         if self.padding_free:
             inputs, targets = remove_padding(inputs, targets)
@@ -402,11 +407,10 @@ class FastPath(TrainerCallback):
 
     def short_examples(self) -> list[dict]:
         """Supervised at both ends, where they meet, and not in their middle, which the last MLP may then skip."""
-        examples = []
-        for ids in self.trainer.train_dataset[:3]["input_ids"]:
-            ids, third = ids[:64], min(len(ids), 64) // 3
-            labels = ids[:third] + [IGNORE_INDEX] * third + ids[2 * third :]
-            examples.append({"input_ids": ids, "labels": labels})
+        examples = self.trainer.short_examples()
+        for example in examples:
+            labels, third = example["labels"], len(example["labels"]) // 3
+            example["labels"] = labels[:third] + [IGNORE_INDEX] * third + labels[2 * third :]
         return examples
 
     def measure(self, summed_loss: Callable, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -492,15 +496,17 @@ class FastPath(TrainerCallback):
     def keep_examples_apart(self, undo: ExitStack) -> None:
         """Rows without padding, in which attention ends where an example does."""
         model = self.trainer.model
-        own_attention = model.config._attn_implementation
+        text_config = model.config.get_text_config()
+        own_attention = text_config._attn_implementation
         if not layers_attend_only(model.config):
             raise ValueError("tokens of this model meet elsewhere than in attention")
         # Else the model's own attention would be right as well, with a mask as large as the whole batch squared.
         if not model.is_backend_compatible():
             raise ValueError("this model has attention code of its own")
         if not own_attention.startswith("flash"):
-            undo.callback(model.set_attn_implementation, own_attention)
-            model.set_attn_implementation("packed_sdpa")
+            part = "" if text_config is model.config else "text_config"  # a vision tower keeps its own
+            undo.callback(model.set_attn_implementation, {part: own_attention})
+            model.set_attn_implementation({part: "packed_sdpa"})
         undo.callback(setattr, self, "padding_free", False)
         self.padding_free = True
 
@@ -510,12 +516,12 @@ class FastPath(TrainerCallback):
         Finds what is too small a part of the whole loss to show there in half precision: the last tokens of a row that
         a convolution carries into the next one.
         """
-        before, after = (self.trainer.train_dataset[i]["input_ids"][:32] for i in (0, -1))
-        labels = after[:4] + [IGNORE_INDEX] * len(after[4:])
+        before, after = (self.trainer.shorten(self.trainer.train_dataset[i], 32) for i in (0, -1))
+        before["labels"] = [IGNORE_INDEX] * len(before["labels"])
+        after["labels"] = after["labels"][:4] + [IGNORE_INDEX] * len(after["labels"][4:])
         losses = []
-        for neighbour in (before, before[::-1]):
-            examples = [{"input_ids": neighbour, "labels": [IGNORE_INDEX] * len(neighbour)}]
-            examples.append({"input_ids": after, "labels": labels})
+        for neighbour in (before["input_ids"], before["input_ids"][::-1]):
+            examples = [before | {"input_ids": neighbour}, after]
             batch = self.trainer._prepare_inputs(self.trainer.data_collator(examples))
             with torch.no_grad(), self.trainer.compute_loss_context_manager():
                 losses.append(self.summed_loss(self.trainer.model, batch))

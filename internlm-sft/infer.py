@@ -187,6 +187,7 @@ def stream_tokens(model, inputs, settings: dict, stop_event: threading.Event | N
         thread.join()
 
 
+# >>> decode-pieces
 def decode_pieces(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """Yields the text of a growing reply in pieces that never end within a character; special tokens are left out.
 
@@ -208,6 +209,9 @@ def decode_pieces(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 def decode(tokenizer, ids: list[int]) -> str:
     """Text of token ids, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# <<< decode-pieces
 
 
 def stream_reply(

@@ -48,6 +48,7 @@ router = APIRouter()
 log = logging.getLogger("uvicorn.error")
 
 
+# >>> app-guards
 def send_error(request: Request, error: Exception) -> Response:
     """The answer to a request that failed: OpenAI's form, and nothing of what went wrong inside the server."""
     if isinstance(error, ClientDisconnect):
@@ -74,6 +75,9 @@ def check_key(request: Request) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())):
         raise api_error(401, "missing or wrong API key: send 'Authorization: Bearer <key>'", code="invalid_api_key")
+
+
+# <<< app-guards
 
 
 def prepare(state, chat: ChatRequest) -> tuple:
@@ -118,6 +122,7 @@ def prepare(state, chat: ChatRequest) -> tuple:
     return inputs, settings, text.rstrip().endswith(OPENED)
 
 
+# >>> app-replies
 def split_at_stop(text: str, stops: list[str]) -> tuple[str, str, bool]:
     """What of a growing text can be sent, what waits since it may begin a stop sequence, and whether one was found."""
     found = [text.index(stop) for stop in stops if stop in text]
@@ -255,6 +260,9 @@ async def stream_events(head: dict, item: tuple | dict, replies, include_usage: 
     yield "data: [DONE]\n\n"
 
 
+# <<< app-replies
+
+
 @router.post("/v1/chat/completions", dependencies=[Depends(check_key)])
 async def chat_completions(request: Request) -> Response:
     chat = await read_request(request)
@@ -274,6 +282,7 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": item["usage"]})
 
 
+# >>> app-models
 @router.get("/v1/models", dependencies=[Depends(check_key)])
 async def models(request: Request) -> dict:
     return {"object": "list", "data": [request.app.state.model_card]}
@@ -290,6 +299,9 @@ async def model(request: Request, name: str) -> dict:
 @router.get("/health")
 async def health() -> dict:
     return {"status": "ok"}
+
+
+# <<< app-models
 
 
 def create_app(
@@ -336,6 +348,7 @@ def create_app(
     return app
 
 
+# >>> app-host
 def check_host(host: str, api_key: str | None) -> None:
     """Raises UserError where others could reach the server and no key guards it."""
     try:
@@ -344,6 +357,9 @@ def check_host(host: str, api_key: str | None) -> None:
         local = host == "localhost"
     if not local and not api_key:
         raise UserError(f"--host {host} lets others in: set a key first (API_KEY=... python app.py ...).")
+
+
+# <<< app-host
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,6 +54,7 @@ def check_model(model_args, model_max_length: int) -> PreTrainedConfig:
     return config
 
 
+# >>> model-files
 def unreadable_model(path: str, error: Exception) -> UserError:
     return UserError(
         f"{path}: no model could be read there ({str(error).splitlines()[0]}). Give a folder that holds "
@@ -69,6 +70,9 @@ def refuse_lfs_pointers(path: str) -> None:
                 f"{file}: is a Git LFS pointer, not the file itself. Fetch it: git -C {path} lfs pull "
                 "(after git lfs install)."
             )
+
+
+# <<< model-files
 
 
 def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -101,6 +105,7 @@ def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     raise UserError(f"{path}: model_type {model_type!r} is {kind}. Give a causal language model, such as Qwen2.5.")
 
 
+# >>> model-limits
 def check_positions(path: str, config: PreTrainedConfig, model_max_length: int) -> None:
     """Raises UserError where a row could be longer than the model's positions, and these end or change there."""
     limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
@@ -125,6 +130,9 @@ def check_vocabulary(path: str, tokenizer, config: PreTrainedConfig) -> None:
         )
 
 
+# <<< model-limits
+
+
 def load_tokenizer(model_args):
     """The model's tokenizer, with a chat template, and with the token that ends a turn as its EOS.
 
@@ -139,6 +147,12 @@ def load_tokenizer(model_args):
         tokenizer = read_tokenizer(path, model_args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise unreadable_model(path, error) from None
+    return prepare_tokenizer(tokenizer, path)
+
+
+# >>> chat-tokenizer
+def prepare_tokenizer(tokenizer, path: str):
+    """The tokenizer of the model at `path` as `load_tokenizer` promises it; see there."""
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version (tokenizer.json), which finding the labels needs.")
     if tokenizer.chat_template is None:
@@ -152,6 +166,9 @@ def load_tokenizer(model_args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+# <<< chat-tokenizer
 
 
 def load_model(model_args, args) -> nn.Module:
@@ -199,6 +216,7 @@ def load_model(model_args, args) -> nn.Module:
     return add_lora(model, model_args)
 
 
+# >>> loading-info
 def refuse_other_weights(path: str, loading: dict) -> None:
     """Raises UserError where a part of the model was in no file, or of another size, and so is random.
 
@@ -235,3 +253,6 @@ def mend_generation_config(model: nn.Module) -> list[str]:
     except ValueError:
         repair_generation_config(config, model.name_or_path)
     return [f"generation_config.json has settings that need do_sample; it is saved with do_sample={config.do_sample}"]
+
+
+# <<< loading-info

@@ -31,7 +31,7 @@ from rows import UserError
 from trainer import SFTTrainer
 
 SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 319}
 
 
 def make_rows() -> list[dict]:

@@ -1,0 +1,293 @@
+"""Training a LLaVA on a frozen tower, side by side: train_llava, TRL's SFTTrainer, and a plain padded Trainer.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/bench_llava.py                    about 10 minutes of one core
+    python benchmarks/bench_llava.py --rounds 1
+
+Every way trains the projector and the language model of the same LLaVA (CLIP's vision tower, 14 layers x 768, pictures
+of 112 pixels, 49 tokens each; Qwen2, 6 layers x 256, vocabulary 8192) on the same rows in the same steps, fp32, one
+thread, in a process of its own; the ways take turns, `--rounds` times, and the median counts. A row is a JPEG of
+640 x 480 and 30 to 500 tokens of text (log-uniform), the last 30 to 70 % of them supervised. TRL can neither pack rows
+with pictures nor leave out their padding.
+
+Measured are samples a CPU second over whole epochs of `trainer.train()`; decoding, the checks before the first step and
+the making of the cache are counted. In train_llava's first epoch each picture goes through the tower once, later none
+does. The tower's share of a step is its forward pass, measured alone, beside the step of each way.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECIPE = Path(__file__).resolve().parent.parent / "train_llava"
+OURS, UNCACHED, TRL, PLAIN = "train_llava", "train_llava, no cache", "trl", "plain trainer"
+WAYS = [OURS, UNCACHED, TRL, PLAIN]
+ROWS, VOCABULARY = 80, 8192
+IMAGE, PAD = VOCABULARY - 1, VOCABULARY - 2
+IMAGE_TOKENS = 49
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
+
+
+def make_processor():
+    """A LLaVA's processor with a token for each of the words w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AddedToken, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(PAD)} | {"<pad>": PAD, "<image>": IMAGE}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    tokenizer.add_tokens([AddedToken("<image>", special=False, normalized=False)])
+    size = {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
+    settings = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(CLIPImageProcessorPil(**size), tokenizer, **settings)
+
+
+def build_model():
+    import torch
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=14,
+        num_attention_heads=12,
+        image_size=112,
+        patch_size=16,
+    )
+    text = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE))
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def make_rows(folder: Path) -> list[dict]:
+    """Rows: `ids` of a picture's single mark and words, `prompt` tokens of them, `picture`."""
+    import numpy as np
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(0), []
+    for number in range(ROWS):
+        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+        picture = folder / f"{number}.jpg"
+        coarse.resize((640, 480)).save(picture)
+        length = int(np.exp(rng.uniform(np.log(30), np.log(500))))
+        prompt = 1 + int(length * rng.uniform(0.3, 0.7))
+        rows.append({"ids": [IMAGE, *rng.integers(0, PAD, length).tolist()], "prompt": prompt, "picture": str(picture)})
+    return rows
+
+
+def in_order_of_training(rows: list[dict], batch_size: int) -> list[dict]:
+    """As train_llava's first epoch takes them, by their lengths: the others get the same steps."""
+    import numpy as np
+
+    from batch import BalancedBatchSampler
+
+    lengths = np.array([len(row["ids"]) - 1 + IMAGE_TOKENS for row in rows])
+    sampler = BalancedBatchSampler(lengths, [[i] for i in range(len(rows))], batch_size, 1, 1, 0, seed=42)
+    return [rows[i] for batch in sampler for i in batch]
+
+
+def as_text(ids: list[int]) -> str:
+    return " ".join("<image>" if number == IMAGE else f"w{number}" for number in ids)
+
+
+def build_ours(way: str, model, processor, rows: list[dict], settings: dict, folder: Path):
+    """A trainer as train.py builds it."""
+    import numpy as np
+    from datasets import Dataset
+
+    import features
+    from arguments import TrainingArguments
+    from collator import LlavaCollator
+    from fast_path import FastPath
+    from images import Reference
+    from llava_trainer import LlavaTrainer
+    from model import freeze
+    from pixels import Pixels
+
+    features.CACHE_DIR = folder / "cache"
+    pixels = Pixels(processor.image_processor)
+    examples = []
+    for number, row in enumerate(rows):
+        ids = [IMAGE] * (IMAGE_TOKENS - 1) + row["ids"]
+        labels = np.where(np.arange(len(ids)) < IMAGE_TOKENS - 1 + row["prompt"], -100, ids).tolist()
+        example = {"input_ids": ids, "labels": labels, "length": len(ids)}
+        examples.append(example | {"images": [Reference(row["picture"])._asdict()], "image_ids": [number]})
+
+    freeze(model, "freeze_vision")
+    settings = settings | {"eval_strategy": "no", "eval_on_start": False}
+    trainer = LlavaTrainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=Dataset.from_list(examples),
+        data_collator=LlavaCollator(pixels, IMAGE, IMAGE_TOKENS, always_image=True),
+    )
+    limit = 0 if way == UNCACHED else 10
+    arguments = (trainer.model, pixels, [trainer.train_dataset], trainer.args, trainer.accelerator, limit)
+    trainer.data_collator.source, _ = features.keep_features(*arguments)
+    trainer.add_callback(FastPath(trainer))
+    return trainer
+
+
+def build_trl(model, processor, rows: list[dict], settings: dict):
+    from datasets import Dataset, Image, List
+    from torch.utils.data import SequentialSampler
+    from trl import SFTConfig, SFTTrainer
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    columns = {
+        "prompt": [as_text(row["ids"][: row["prompt"]]) for row in rows],
+        "completion": [as_text(row["ids"][row["prompt"] :]) for row in rows],
+        "images": [[row["picture"]] for row in rows],
+    }
+    dataset = Dataset.from_dict(columns).cast_column("images", List(Image()))
+    return InOrder(model, SFTConfig(**settings, max_length=None), train_dataset=dataset, processing_class=processor)
+
+
+def build_plain(model, processor, rows: list[dict], settings: dict):
+    from PIL import Image
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    def collate(some: list[dict]) -> dict:
+        images = [Image.open(row["picture"]).convert("RGB") for row in some]
+        batch = processor(images=images, text=[as_text(row["ids"]) for row in some], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for of_row, row in zip(labels, some, strict=True):
+            of_row[: IMAGE_TOKENS - 1 + row["prompt"]] = -100
+        return batch | {"labels": labels}
+
+    return InOrder(model, TrainingArguments(**settings), data_collator=collate, train_dataset=rows)
+
+
+def measure(way: str, batch_size: int, epochs: int, folder: Path) -> dict:
+    """One training run in this process."""
+    import torch
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(RECIPE))
+    rows, processor, model = make_rows(folder), make_processor(), build_model()
+    ordered = in_order_of_training(rows, batch_size)
+    settings = {"output_dir": str(folder / "out"), "num_train_epochs": epochs if way == OURS else 1}
+    settings = COMMON | settings | {"per_device_train_batch_size": batch_size}
+    if way.startswith(OURS):  # imported before the clock starts, as the others' libraries are
+        import fast_path  # noqa: F401
+        import features  # noqa: F401
+    if way == TRL:
+        import trl.trainer.sft_trainer  # noqa: F401
+    import deepspeed  # noqa: F401  (Accelerate imports it in every way as soon as training starts)
+
+    marks = [time.process_time()]
+
+    class Clock(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            marks.append(time.process_time())
+
+    if way.startswith(OURS):
+        trainer = build_ours(way, model, processor, rows, settings, folder)
+    else:
+        trainer = (build_trl if way == TRL else build_plain)(model, processor, ordered, settings)
+    trainer.add_callback(Clock())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = -(-ROWS // batch_size)
+    found = {
+        "first": ROWS / (marks[1] - marks[0]),
+        "first_loss": losses[0],
+        "epoch_loss": statistics.mean(losses[:steps]),
+    }
+    found["later"] = (len(marks) - 2) * ROWS / (marks[-1] - marks[1]) if len(marks) > 2 else found["first"]
+    if way == PLAIN:
+        pixel_values = torch.rand(batch_size, 3, 112, 112)
+        with torch.no_grad():
+            model.model.vision_tower(pixel_values, output_hidden_states=True)
+            start = time.process_time()
+            for _ in range(5):
+                model.model.vision_tower(pixel_values, output_hidden_states=True)
+        found["tower"] = (time.process_time() - start) / 5 / batch_size
+    return found
+
+
+def run_all(options) -> dict[str, dict]:
+    """Medians over the rounds of every way, each run in a fresh process, the ways taking turns."""
+    runs = {way: [] for way in WAYS}
+    for _ in range(options.rounds):
+        for way in WAYS:
+            command = [sys.executable, __file__, "--way", way, "--batch_size", str(options.batch_size)]
+            command += ["--epochs", str(options.epochs)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if result.returncode:
+                sys.exit(f"{way} failed:\n{result.stderr[-3000:]}")
+            runs[way].append(json.loads(result.stdout.splitlines()[-1]))
+            print(way, runs[way][-1], file=sys.stderr, flush=True)
+    return {way: {name: statistics.median(run[name] for run in some) for name in some[0]} for way, some in runs.items()}
+
+
+def print_table(medians: dict[str, dict]) -> None:
+    tower = medians[PLAIN]["tower"]
+    print(f"tower: {tower:.4f} CPU seconds a picture\n")
+    columns = ["way", "samples / CPU second, first epoch", "x TRL", "later epochs", "x TRL", "tower's share"]
+    columns += ["first loss", "mean loss of the first epoch"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for way, found in medians.items():
+        cells = [way]
+        for name in ("first", "later"):
+            cells += [f"{found[name]:.2f}", f"{found[name] / medians[TRL][name]:.2f}"]
+        cells += ["0 to " * (way == OURS) + f"{tower * found['first']:.0%}"]
+        cells += [f"{found[name]:.5f}" for name in ("first_loss", "epoch_loss")]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples a step, as LLaVA has them")
+    parser.add_argument("--epochs", type=int, default=2, help="of train_llava; the others' are all alike")
+    parser.add_argument("--way", choices=WAYS, help="one run of one way in this process, as JSON")
+    options = parser.parse_args()
+    if options.way:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(options.way, options.batch_size, options.epochs, Path(folder))))
+    else:
+        print_table(run_all(options))
+
+
+if __name__ == "__main__":
+    main()
