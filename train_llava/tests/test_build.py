@@ -303,7 +303,7 @@ def test_a_killed_build_leaves_nothing_of_its_name(clip, qwen2, tmp_path):
 def test_the_command(clip, qwen2, tmp_path, capsys):
     arguments = [clip, qwen2, str(tmp_path / "llava"), "--image_aspect_ratio", "crop", "--vision_feature_layer", "-1"]
     build_model.main(arguments)
-    assert f"MODEL={tmp_path}/llava bash train_stages.sh" in capsys.readouterr().out
+    assert f"MODEL={tmp_path}/llava DATA=my_data bash train_stages.sh" in capsys.readouterr().out
     processor = load_processor(str(tmp_path / "llava"))
     assert processor.image_processor.do_center_crop and not processor.image_processor.do_pad
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["vision_feature_layer"] == -1
