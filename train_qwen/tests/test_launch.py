@@ -1,5 +1,6 @@
 """The launch scripts as a user types them: by bash and the real torchrun, from any folder, on several machines."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -94,8 +95,10 @@ def screens_of(nodes: list[subprocess.Popen]) -> list[str]:
             screens.append(node.communicate(timeout=150)[0])
         except subprocess.TimeoutExpired:
             waiting = True
-            for process in [child for each in nodes for child in psutil.Process(each.pid).children(recursive=True)]:
-                process.send_signal(signal.SIGABRT)  # which faulthandler answers with a traceback
+            launchers = [psutil.Process(each.pid) for each in nodes if each.poll() is None]
+            for process in [*(child for each in launchers for child in each.children(recursive=True)), *launchers]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGABRT)  # which faulthandler answers with a traceback
             screens.append(node.communicate(timeout=60)[0])
     assert not waiting and [node.returncode for node in nodes] == [0, 0], "\n\n".join(screens)
     return screens
