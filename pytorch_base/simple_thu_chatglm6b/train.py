@@ -121,6 +121,7 @@ def train(model_args, data_args, args) -> None:
     is_main_process = args.process_index == 0
     lock = lock_output_dir(args.output_dir) if is_main_process else None
     set_seed(args.seed)
+
     model_name = model_args.model_name_or_path
     if model_name == "tiny":
         model_args.model_name_or_path = tiny_model_folder(data_args.data_path)
