@@ -111,11 +111,11 @@ def test_sources_are_folders_and_files_without_numbers(tmp_path):
         ("a.json", b'[{"text": "a"},]', "no JSON behind record 1"),
         (
             "a.txt.gz",
-            gzip.compress(b"text\n" * 1000)[:-9],
+            gzip.compress(b"text\n" * 1000, mtime=0)[:-9],
             "broken, or ends early, behind byte .* of what it unpacks",
         ),
         ("a.txt.zst", zstd(bytes(range(1, 250)) * 999)[:-9], "broken, or ends early, behind byte .* of what it unp"),
-        ("a.txt.gz", gzip.compress(b"a" * 99 + b"\0"), "NUL at byte 99 of what it unpacks to"),
+        ("a.txt.gz", gzip.compress(b"a" * 99 + b"\0", mtime=0), "NUL at byte 99 of what it unpacks to"),
         ("a.txt.gz", b"no gzip", "broken, or ends early, behind byte 0"),
         ("a.parquet", b"PAR1" + b"x" * 100, "behind row 0 of a file of 104 bytes"),
     ],
