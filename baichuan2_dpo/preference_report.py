@@ -1,6 +1,7 @@
 """What the training has done to the validation pairs: measures before and after, and over the steps as a picture."""
 
 import json
+import math
 from pathlib import Path
 
 
@@ -16,12 +17,14 @@ def save_preferences(trainer) -> None:
     if validation:
         report = folder / "train_results.json"
         results = json.loads(report.read_text())
-        for moment, entry in (("before", validation[0]), ("after", validation[-1])):
+        before, after = validation[0], validation[-1]
+        moments = {"before": before, "after": after} if before["step"] == 0 else {"after": after}
+        for moment, entry in moments.items():
             measures = [key for key in entry if "/" in key or key == "eval_preference_loss"]
             results[moment] = {key.removeprefix("eval_"): entry[key] for key in measures}
         report.write_text(json.dumps(results, indent=2))
         for key, value in results["after"].items():
-            print(f"{key:<28} {results['before'][key]:9.3f} -> {value:9.3f}")
+            print(f"{key:<28} {results.get('before', {}).get(key, math.nan):9.3f} -> {value:9.3f}")
     plot_rewards(history).savefig(folder / "rewards.png", dpi=120)
 
 

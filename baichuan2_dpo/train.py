@@ -125,8 +125,9 @@ def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
         trainer.add_callback(PrefixSharing(trainer, remove_padding))
     if trainer.needs_reference and args.precompute_ref_log_probs:
         trainer.add_callback(PrecomputeReferences(trainer))
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(SpeedProgress(tokens_per_epoch))
+    if not args.disable_tqdm:  # else the Trainer prints its log
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SpeedProgress(tokens_per_epoch))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
 

@@ -83,7 +83,7 @@ def save_report(trainer, predictions: dict, tables: dict, train_metrics: dict, t
         "tokens_per_second": tokens / train_metrics["train_runtime"],
         "best_checkpoint": trainer.state.best_model_checkpoint,
     }
-    first = next((entry for entry in history if "eval_loss" in entry), {})
+    first = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), {})
     results |= {f"validation_{name}_before": first[f"eval_{name}"] for name in ("loss", "accuracy") if first}
     is_quick = len(tables["train"]) * config.num_labels <= MAX_BASELINE
     compared, suspicious = score_baseline(tables) if predictions and is_quick else {}, []

@@ -241,8 +241,9 @@ def train(model_args, data_args, args) -> None:
         processing_class=tokenizer,
     )
     tokens = int(column(splits["train"], "length").sum())
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(SpeedProgress(tokens))
+    if not args.disable_tqdm:  # else the Trainer prints its log
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SpeedProgress(tokens))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
     if is_main_process:

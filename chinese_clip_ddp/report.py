@@ -89,9 +89,10 @@ def save_report(trainer, summary: dict, seconds: float, steps: int) -> dict:
         results |= {
             "mean_recall_best": max(entry["eval_mean_recall"] for entry in validation if entry["step"] > 0),
             "best_checkpoint": trainer.state.best_model_checkpoint,
-            "before": {name: value for name, value in before.items() if name.startswith("eval_")},
-            "after": {name: value for name, value in after.items() if name.startswith("eval_")},
         }
+        for moment, entry in {"before": before, "after": after}.items():
+            if moment == "after" or entry["step"] == 0:
+                results[moment] = {name: value for name, value in entry.items() if name.startswith("eval_")}
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:
@@ -104,12 +105,12 @@ def save_report(trainer, summary: dict, seconds: float, steps: int) -> dict:
 def print_results(results: dict) -> None:
     """The run in numbers, and what each gallery gave before and after."""
     print(json.dumps({name: value for name, value in results.items() if name not in ("before", "after")}, indent=2))
-    after = results.get("after", {})
+    before, after = results.get("before", {}), results.get("after", {})
     if after:
         print(f"{'gallery':>24} {'':16} {'before':>8} {'after':>8}")
     for name, value in after.items():
         gallery, _, metric = name.removeprefix("eval_").rpartition("/")
-        print(f"{gallery:>24} {metric:16} {results['before'].get(name, math.nan):8.3f} {value:8.3f}")
+        print(f"{gallery:>24} {metric:16} {before.get(name, math.nan):8.3f} {value:8.3f}")
 
 
 def points_of(history: list[dict], key: str) -> tuple[list, list]:

@@ -203,8 +203,9 @@ def train(model_args, data_args, args) -> None:
     decoded = [*galleries.values()] if "image_features" in trainer.features else [train_dataset, *galleries.values()]
     if decoded:
         messages.append(pixels.keep(*decoded))
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CLIPProgress(len(train_dataset), "pairs"))
+    if not args.disable_tqdm:  # else the Trainer prints its log
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CLIPProgress(len(train_dataset), "pairs"))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
     if is_main_process:

@@ -123,8 +123,9 @@ def save_report(trainer, summary: dict, seconds: float, steps: int, mfu: float, 
         before, after = validation[0], validation[-1]
         if args.load_best_model_at_end and trainer.state.best_global_step:
             after = next(entry for entry in validation if entry["step"] == trainer.state.best_global_step)
+        moments = {"before": before, "after": after} if before["step"] == 0 else {"after": after}
         for name in (name for name in after if name.startswith("eval_") and name in before):
-            results |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+            results |= {f"{name}_{moment}": entry[name] for moment, entry in moments.items()}
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:

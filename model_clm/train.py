@@ -129,8 +129,9 @@ def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
     args = trainer.args
     if args.fast_path:
         trainer.add_callback(CLMFastPath(trainer, remove_padding))
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(SpeedProgress(tokens_per_epoch))
+    if not args.disable_tqdm:  # else the Trainer prints its log
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SpeedProgress(tokens_per_epoch))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
 

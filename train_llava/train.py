@@ -114,8 +114,9 @@ def add_callbacks(trainer, remove_padding: bool, tokens_per_epoch: int) -> None:
         from fast_path import FastPath
 
         trainer.add_callback(FastPath(trainer, remove_padding))
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LlavaProgress(tokens_per_epoch))
+    if not args.disable_tqdm:  # else the Trainer prints its log
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LlavaProgress(tokens_per_epoch))
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rows import UserError
 
-LOCK, MANIFEST, RUN_FILE = ".lock", "manifest.json", "run.json"
+LOCK, MANIFEST, RUN_FILE, REPORT = ".lock", "manifest.json", "run.json", "train_results.json"
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -196,17 +196,16 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
         run: what makes the run itself (model, data, adapters, batch, schedule); kept in the folder as run.json.
 
     Raises:
-        UserError: the folder holds checkpoints of another run, or of another program.
+        UserError: the folder holds what another run, or another program, has trained.
     """
     folder = Path(output_dir)
-    report = folder / "train_results.json"
+    report = folder / REPORT
     if overwrite:
         remove_run(folder)
     is_new = is_another_run(folder, run)
     if not is_new and report.exists():
         end = f"nothing is left to train: this run came to its end ({report})"
         return None, True, [f"{end}. Start it afresh by --overwrite_output_dir true."]
-    report.unlink(missing_ok=True)
     if is_new:
         replace_file(folder / RUN_FILE, json.dumps(run, indent=2, ensure_ascii=False))
     checkpoint, messages = newest_complete_checkpoint(folder)
@@ -216,23 +215,26 @@ def find_checkpoint(output_dir: str, run: dict, overwrite: bool) -> tuple[str | 
 def remove_run(folder: Path) -> None:
     for checkpoint in [*list_checkpoints(folder), *list_checkpoints(folder, "incomplete-")]:
         shutil.rmtree(checkpoint)
-    (folder / RUN_FILE).unlink(missing_ok=True)
+    for name in (RUN_FILE, REPORT):
+        (folder / name).unlink(missing_ok=True)
 
 
 def is_another_run(folder: Path, run: dict) -> bool:
     """Whether a folder's run.json speaks of another run, or is not there.
 
     Raises:
-        UserError: the folder holds checkpoints of that other run, or of another program.
+        UserError: the folder holds what that other run, or another program, has trained.
     """
     run_file, checkpoints = folder / RUN_FILE, list_checkpoints(folder)
-    if checkpoints and not run_file.exists():
-        raise UserError(f"{folder} holds checkpoints that were not written here; give another --output_dir.")
+    # A run that keeps no checkpoints (--save_strategy no) leaves its model, and a report once that is whole.
+    held = "checkpoints" if checkpoints else "the finished model" if (folder / REPORT).exists() else None
+    if held and not run_file.exists():
+        raise UserError(f"{folder} holds {held} of another program; give another --output_dir.")
     before = json.loads(run_file.read_text()) if run_file.exists() else {}
     changed = [f"{name} was {before.get(name)}, is {value}" for name, value in run.items() if before.get(name) != value]
-    if checkpoints and changed:
+    if held and changed:
         raise UserError(
-            f"{folder} holds checkpoints of another run: {'; '.join(changed)}. "
+            f"{folder} holds {held} of another run: {'; '.join(changed)}. "
             "Give another --output_dir / OUTPUT, or start afresh by --overwrite_output_dir true."
         )
     return bool(changed)

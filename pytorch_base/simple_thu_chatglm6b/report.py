@@ -100,16 +100,12 @@ def save_report(trainer, summary: dict, train_metrics: dict, steps: int) -> dict
         before, after = validation[0], validation[-1]
         if args.load_best_model_at_end and trainer.state.best_global_step:
             after = next(entry for entry in validation if entry["step"] == trainer.state.best_global_step)
-        results |= {
-            "eval_loss_before": before["eval_loss"],
-            "eval_loss_after": after["eval_loss"],
-            "eval_loss_best": min(entry["eval_loss"] for entry in validation),
-            "perplexity_before": before["eval_perplexity"],
-            "perplexity_after": after["eval_perplexity"],
-            "best_checkpoint": trainer.state.best_model_checkpoint,
-        }
-        for name in after.keys() - {"eval_loss", "eval_perplexity", "epoch", "step"}:
-            results |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+        moments = {"before": before, "after": after} if before["step"] == 0 else {"after": after}
+        for name in [name for name in after if name not in ("epoch", "step")]:
+            title = name.replace("eval_perplexity", "perplexity")
+            results |= {f"{title}_{moment}": entry[name] for moment, entry in moments.items()}
+        results["eval_loss_best"] = min(entry["eval_loss"] for entry in validation)
+        results["best_checkpoint"] = trainer.state.best_model_checkpoint
     if args.device.type == "cuda":
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:

@@ -100,7 +100,7 @@ def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tm
     assert json.loads((tmp_path / "run.json").read_text()) == {"model": "a", "data": "1"}
     (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(UserError, match="not written here"):
+    with pytest.raises(UserError, match="holds checkpoints of another program"):
         find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)
     (tmp_path / "run.json").write_text('{"model": "a", "data": "1"}')
     with pytest.raises(UserError, match="model was a, is b.*--overwrite_output_dir true"):
@@ -109,6 +109,12 @@ def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tm
         find_checkpoint(str(tmp_path), {"model": "a", "data": "2"}, overwrite=False)
     assert find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=True)[0] is None
     assert not (tmp_path / "checkpoint-3").exists()
+    assert find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)[0] is None, "nothing was trained"
+    (tmp_path / "train_results.json").write_text("{}")  # by --save_strategy no
+    with pytest.raises(UserError, match="holds the finished model of another run: model was a, is b"):
+        find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=False)
+    assert find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)[1], "it is finished"
+    assert not find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=True)[1]
 
 
 def test_another_model_in_the_same_folder_is_another_run(tmp_path):

@@ -72,6 +72,17 @@ def test_the_validation_loss_is_measured_at_the_end_where_it_was_not_before(
     assert results["perplexity_after"] == pytest.approx(math.exp(results["eval_loss_after"]))
 
 
+def test_what_was_not_measured_is_not_reported_and_a_log_file_gets_lines_for_a_bar(
+    tiny_folder, data_file, eval_file, tmp_path, monkeypatch, capfd
+):
+    more = ["--eval_on_start", "false", "--disable_tqdm", "true", "--max_steps", "2", "--save_strategy", "no"]
+    train_here(monkeypatch, *paths(tiny_folder, data_file, tmp_path, eval_file), *more)
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert "eval_loss_after" in results and "eval_loss_before" not in results
+    printed = "".join(capfd.readouterr())
+    assert printed.count("'loss': ") == 2 and "\r" not in printed
+
+
 def test_report_best_checkpoint_and_early_stopping(tiny_folder, data_file, eval_file, tmp_path, monkeypatch):
     more = ["--learning_rate", "3e-2", "--num_train_epochs", "12", "--early_stopping_patience", "2"]
     more += ["--load_best_model_at_end", "true", "--per_device_train_batch_size", "8"]
