@@ -1,8 +1,8 @@
 """Training a LLaVA on a frozen tower, side by side: train_llava, TRL's SFTTrainer, and a plain padded Trainer.
 
     pip install -r requirements-bench.txt
-    python benchmarks/bench_llava.py                    about 10 minutes of one core
-    python benchmarks/bench_llava.py --rounds 1
+    python benchmarks/bench_llava.py                    about half an hour of one core
+    python benchmarks/bench_llava.py --rounds 1 --rows 80
     python benchmarks/bench_llava.py --device cuda      on one GPU, in bf16
 
 Every way trains the projector and the language model of the same LLaVA (CLIP's vision tower, 14 layers x 768, pictures
@@ -32,7 +32,7 @@ from pathlib import Path
 RECIPE = Path(__file__).resolve().parent.parent / "train_llava"
 OURS, UNCACHED, TRL, PLAIN = "train_llava", "train_llava, no cache", "trl", "plain trainer"
 WAYS = [OURS, UNCACHED, TRL, PLAIN]
-ROWS, VOCABULARY = 80, 8192
+VOCABULARY = 8192
 IMAGE, PAD = VOCABULARY - 1, VOCABULARY - 2
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, image_size, patch_size
 TOWERS = {"cpu": (768, 3072, 14, 12, 112, 16), "cuda": (1024, 4096, 24, 16, 336, 14)}
@@ -86,13 +86,13 @@ def build_model(device: str):
     return model
 
 
-def make_rows(folder: Path) -> list[dict]:
+def make_rows(folder: Path, count: int) -> list[dict]:
     """Rows: `ids` of a picture's single mark and words, `prompt` tokens of them, `picture`."""
     import numpy as np
     from PIL import Image
 
     rng, rows = np.random.default_rng(0), []
-    for number in range(ROWS):
+    for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
         picture = folder / f"{number}.jpg"
         coarse.resize((640, 480)).save(picture)
@@ -203,14 +203,15 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(way: str, batch_size: int, epochs: int, folder: Path, device: str) -> dict:
+def measure(options, folder: Path) -> dict:
     """One training run in this process."""
     import torch
     from transformers import TrainerCallback
 
+    way, batch_size, epochs, device = options.way, options.batch_size, options.epochs, options.device
     torch.set_num_threads(1 if device == "cpu" else 4)
     sys.path.insert(0, str(RECIPE))
-    rows, processor, model = make_rows(folder), make_processor(device), build_model(device)
+    rows, processor, model = make_rows(folder, options.rows), make_processor(device), build_model(device)
     tokens = image_tokens(device)
     ordered = in_order_of_training(rows, batch_size, tokens)
     settings = {"output_dir": str(folder / "out"), "num_train_epochs": epochs if way == OURS else 1}
@@ -237,13 +238,13 @@ def measure(way: str, batch_size: int, epochs: int, folder: Path, device: str) -
     trainer.add_callback(Clock())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    steps = -(-ROWS // batch_size)
+    steps = -(-options.rows // batch_size)
     found = {
-        "first": ROWS / (marks[1] - marks[0]),
+        "first": options.rows / (marks[1] - marks[0]),
         "first_loss": losses[0],
         "epoch_loss": statistics.mean(losses[:steps]),
     }
-    found["later"] = (len(marks) - 2) * ROWS / (marks[-1] - marks[1]) if len(marks) > 2 else found["first"]
+    found["later"] = (len(marks) - 2) * options.rows / (marks[-1] - marks[1]) if len(marks) > 2 else found["first"]
     if way == PLAIN:
         side = TOWERS[device][4]
         pixel_values = torch.rand(batch_size, 3, side, side, device=device)
@@ -262,7 +263,7 @@ def run_all(options) -> dict[str, dict]:
     for _ in range(options.rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--way", way, "--batch_size", str(options.batch_size)]
-            command += ["--epochs", str(options.epochs), "--device", options.device]
+            command += ["--epochs", str(options.epochs), "--device", options.device, "--rows", str(options.rows)]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
             if result.returncode:
@@ -275,13 +276,14 @@ def run_all(options) -> dict[str, dict]:
 def print_table(medians: dict[str, dict], device: str) -> None:
     tower, second = medians[PLAIN]["tower"], "CPU second" if device == "cpu" else "second"
     print(f"tower: {tower:.4f} {second}s a picture\n")
-    columns = ["way", f"samples / {second}, first epoch", "x TRL", "later epochs", "x TRL", "tower's share"]
+    columns = ["way", f"samples / {second}, first epoch", "x TRL", "x plain"]
+    columns += ["later epochs", "x TRL", "x plain", "tower's share"]
     columns += ["first loss", "mean loss of the first epoch"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for way, found in medians.items():
         cells = [way]
         for name in ("first", "later"):
-            cells += [f"{found[name]:.2f}", f"{found[name] / medians[TRL][name]:.2f}"]
+            cells += [f"{found[name]:.2f}", *(f"{found[name] / medians[other][name]:.2f}" for other in (TRL, PLAIN))]
         cells += ["0 to " * (way == OURS) + f"{tower * found['first']:.0%}"]
         cells += [f"{found[name]:.5f}" for name in ("first_loss", "epoch_loss")]
         print(f"| {' | '.join(cells)} |")
@@ -290,6 +292,7 @@ def print_table(medians: dict[str, dict], device: str) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way; the median counts")
+    parser.add_argument("--rows", type=int, default=320, help="of an epoch")
     parser.add_argument("--batch_size", type=int, default=16, help="examples a step, as LLaVA has them")
     parser.add_argument("--epochs", type=int, default=2, help="of train_llava; the others' are all alike")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: one GPU, bf16, CLIP-L and a 0.5B model")
@@ -297,7 +300,7 @@ def main():
     options = parser.parse_args()
     if options.way:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(options.way, options.batch_size, options.epochs, Path(folder), options.device)))
+            print(json.dumps(measure(options, Path(folder))))
     else:
         print_table(run_all(options), options.device)
 
