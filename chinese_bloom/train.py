@@ -126,7 +126,8 @@ def estimate_memory(config, train_dataset, model_args, data_args, args) -> None:
 def train(model_args, data_args, args) -> None:
     """The run, from the files to the report."""
     is_main_process = args.process_index == 0
-    lock = lock_output_dir(args.output_dir) if is_main_process else None
+    writes = is_main_process and not model_args.estimate  # which may be asked for beside a run
+    lock = lock_output_dir(args.output_dir) if writes else None
     set_seed(args.seed)
 
     model_name = model_args.model_name_or_path
@@ -136,7 +137,7 @@ def train(model_args, data_args, args) -> None:
     tokenizer = load_tokenizer(model_args)
     use_alpaca(tokenizer)
     check_vocabulary(model_args.model_name_or_path, tokenizer, config)
-    bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if is_main_process else None
+    bad_rows_file = f"{args.output_dir}/bad_rows.jsonl" if writes else None
     train_dataset, eval_dataset, summary = load_splits(data_args, tokenizer, args.seed, bad_rows_file)
     if model_args.estimate:
         return estimate_memory(config, train_dataset, model_args, data_args, args) if is_main_process else None

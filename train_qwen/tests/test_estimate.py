@@ -221,7 +221,7 @@ def test_advice_is_followed_and_the_estimate_falls(large_folder, data_file, tmp_
         return float(re.search(r"^needed +([\d.]+) GB", printed, re.M)[1]), printed
 
     at_first, printed = needed(small=1e9, large=24e9)
-    assert at_first > 1 and "fits large\n" in printed and not list(output.glob("checkpoint-*"))
+    assert at_first > 1 and "fits large\n" in printed and not output.exists(), "it may be asked for beside a run"
     advice = dict(re.findall(r"^or +([\d.]+) GB by (--[^:,]+)", printed, re.M))
     assert {flags.split()[0] for flags in advice.values()} >= {"--deepspeed", "--use_lora"}
     promised, followed = [*advice.items()][-2]  # DeepSpeed's

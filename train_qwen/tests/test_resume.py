@@ -109,7 +109,7 @@ def test_another_model_or_other_data_is_refused_and_overwriting_starts_afresh(tm
         find_checkpoint(str(tmp_path), {"model": "a", "data": "2"}, overwrite=False)
     assert find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=True)[0] is None
     assert not (tmp_path / "checkpoint-3").exists()
-    assert find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)[0] is None, "nothing was trained"
+    assert find_checkpoint(str(tmp_path), {"model": "a", "data": "1"}, overwrite=False)[0] is None
     (tmp_path / "train_results.json").write_text("{}")  # by --save_strategy no
     with pytest.raises(UserError, match="holds the finished model of another run: model was a, is b"):
         find_checkpoint(str(tmp_path), {"model": "b", "data": "1"}, overwrite=False)
