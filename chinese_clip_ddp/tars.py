@@ -49,7 +49,7 @@ def read_members(path: str) -> Iterator[Member]:
     packed = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
     if packed:
         raise UserError(
-            f"{path}: packed by {packed}, so that no member can be read by itself; unpack it: unzip_data.sh"
+            f"{path}: packed by {packed}, so that no member can be read by itself; unpack it: tar xf {path}"
         )
     end = found = 0  # end: of the last member, where the next header or the end's zeros are expected
     with open(path, "rb") as file:

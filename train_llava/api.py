@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from rows import IMAGE_MARK, join_parts
+from rows import IMAGE_MARK, SPELLED_MARK, join_parts
 
 # >>> api-parameters
 # Parameters that would change the reply and that this server doesn't have, with the values that ask for nothing.
@@ -102,6 +102,8 @@ class Message(BaseModel):
         for part in self.content:
             if isinstance(part, ImagePart) and self.role != "user":
                 raise ValueError(f"a picture in a message by {self.role}; only users show pictures")
+            if isinstance(part, TextPart) and self.role == "assistant":
+                part.text = part.text.replace(IMAGE_MARK, SPELLED_MARK)
             if isinstance(part, TextPart) and IMAGE_MARK in part.text:
                 raise ValueError(f"the text has {IMAGE_MARK}, the model's mark for a picture; send an image_url part")
         return self

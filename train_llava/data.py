@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
 from images import CACHE_DIR, Reference, check_images, read_stats
-from pixels import count_image_tokens
+from pixels import count_image_tokens, number_of
 from rows import IMAGE_MARK, UserError, find_again, find_files, identify_files, list_unread_files, read_rows
 from template import IGNORE_INDEX, encode_conversation, read_tokenizer
 from web_dataset import download_rows, is_address
@@ -50,11 +50,6 @@ class ImageToken(NamedTuple):
 
 def hash_of(*content) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-
-
-def number_of(sha256: str) -> int:
-    """64 bits of a content's SHA-256, as the int64 that tensors hold."""
-    return int.from_bytes(bytes.fromhex(sha256)[:8], "big", signed=True)
 
 
 def expand(example: dict, image: ImageToken, pictures: list[int]) -> dict:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlavaModel
@@ -108,6 +108,7 @@ def keep_features(model, pixels, datasets: list[Dataset], trainer_args, accelera
     with whole(tower):
         folder = CACHE_DIR / f"features-{name_of(tower, config, pixels.processor, accelerator)}"
         cache = FeatureCache(folder, shape)
+        remove_unfinished(folder)
         is_kept, said = broadcast_object_list([fits(cache, ids, limit_gb)])[0]
         if not is_kept:
             return pixels, [said]
@@ -118,8 +119,8 @@ def keep_features(model, pixels, datasets: list[Dataset], trainer_args, accelera
         with FileLock(folder / f"{share}.lock"):
             missing = FeatureCache(folder, shape).lacks(ids[ids % ranks == rank])
             if len(missing):
-                places = [references[number] for number in missing.tolist()]
-                cache.add(missing, compute(llava, pixels, places, trainer_args, accelerator), share)
+                pictures = [(number, references[number]) for number in missing.tolist()]
+                cache.add(missing, compute(llava, pixels, pictures, trainer_args, accelerator), share)
     accelerator.wait_for_everyone()
     hand_features_on(llava)
     return FeatureCache(folder, shape), [said]
@@ -134,9 +135,16 @@ def list_pictures(datasets: list[Dataset]) -> dict[int, Reference]:
     return found
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a run that was killed has left: one of another number of ranks would never write there again."""
+    for unfinished in folder.glob("*.partial"):
+        with suppress(Timeout), FileLock(unfinished.with_suffix(".lock"), timeout=0):
+            unfinished.unlink(missing_ok=True)
+
+
 def fits(cache: FeatureCache, ids: np.ndarray, limit_gb: float) -> tuple[bool, str]:
     """Whether the cache may grow by what it lacks, and the estimate in words."""
-    missing, there = len(cache.lacks(ids)), sum(file.stat().st_size for file in CACHE_DIR.glob("features-*/*.fp16"))
+    missing, there = len(cache.lacks(ids)), sum(file.stat().st_size for file in CACHE_DIR.glob("features-*/*"))
     gigabytes, of_all = missing * cache.size / 1e9, len(ids) * cache.size / 1e9
     what = f"features of {len(ids):,} pictures ({of_all:.2g} GB, {missing:,} of them to be computed)"
     if missing and gigabytes + there / 1e9 > limit_gb:
@@ -176,12 +184,14 @@ def whole(tower: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute(llava: LlavaModel, pixels, places: list[Reference], trainer_args, accelerator) -> Iterator[np.ndarray]:
+def compute(
+    llava: LlavaModel, pixels, pictures: list[tuple[int, Reference]], trainer_args, accelerator
+) -> Iterator[np.ndarray]:
     """The features that the projector would be given, fp16, some pictures at a time; these are decoded by workers."""
     tower, config = llava.vision_tower.to(accelerator.device), llava.config
     size = trainer_args.per_device_eval_batch_size
     loader = DataLoader(
-        [places[start : start + size] for start in range(0, len(places), size)],
+        [pictures[start : start + size] for start in range(0, len(pictures), size)],
         batch_size=None,
         collate_fn=pixels.from_references,
         num_workers=trainer_args.dataloader_num_workers,

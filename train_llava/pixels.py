@@ -4,6 +4,7 @@ What costs is decoding and resizing, which gives bytes; rescaling and normalisin
 3 x 256 numbers, so that bytes can be sent (`web_dataset.py`) and give the same numbers elsewhere.
 """
 
+import hashlib
 from itertools import groupby
 
 import numpy as np
@@ -46,6 +47,11 @@ def read_processor(path: str, trust_remote_code: bool = False) -> LlavaProcessor
         if not takes_strings(tokenizer):
             raise UserError(f"{path}: the chat template drops what the user says.")
     return processor
+
+
+def number_of(sha256: str) -> int:
+    """A picture's id: 64 bits of its content's SHA-256, as the int64 that tensors hold."""
+    return int.from_bytes(bytes.fromhex(sha256)[:8], "big", signed=True)
 
 
 def takes_strings(tokenizer) -> bool:
@@ -106,37 +112,41 @@ class Pixels:
         """Pictures of `load_image` as fp32 of (pictures, 3, height, width)."""
         return self.normalise(self.to_bytes(pictures))
 
-    def read(self, references: list[Reference]) -> np.ndarray:
-        """The pictures at these places, uint8; raises ImageError where one has changed since it was checked."""
-        pixels = np.empty((len(references), *self.shape), np.uint8)
-        for start in range(0, len(references), DECODED_AT_ONCE):
-            pictures = []
-            for reference in references[start : start + DECODED_AT_ONCE]:
+    def read(self, pictures: list[tuple[int, Reference]]) -> np.ndarray:
+        """Pictures by id and place, uint8; raises ImageError where one has changed since it was checked."""
+        pixels = np.empty((len(pictures), *self.shape), np.uint8)
+        for start in range(0, len(pictures), DECODED_AT_ONCE):
+            images = []
+            for image_id, reference in pictures[start : start + DECODED_AT_ONCE]:
                 try:
-                    pictures.append(load_image(read_image_bytes(*reference)))
+                    data = read_image_bytes(*reference)
+                    if number_of(hashlib.sha256(data).hexdigest()) != image_id:
+                        raise ImageError("it is another picture")
+                    images.append(load_image(data))
                 except ImageError as error:
-                    raise ImageError(f"{reference.path}, checked before, is broken now: {error}") from None
-            pixels[start : start + DECODED_AT_ONCE] = self.to_bytes(pictures)
+                    raise ImageError(f"{reference.path} was changed since it was checked: {error}") from None
+            pixels[start : start + DECODED_AT_ONCE] = self.to_bytes(images)
         return pixels
 
-    def from_references(self, references: list[Reference]) -> torch.Tensor:
-        """The pictures of a data set as fp32 of (pictures, 3, height, width), read here or by the server they are at.
+    def from_references(self, pictures: list[tuple[int, Reference]]) -> torch.Tensor:
+        """Pictures by id and place as fp32 of (pictures, 3, height, width), read here or by the server they are at.
 
         Raises:
             ImageError: one has changed since it was checked.
             UserError: the server isn't there any more, or serves other data.
         """
-        if not references:
+        if not pictures:
             return torch.empty(0, *self.shape)
         parts = []
-        for address, group in groupby(references, key=lambda one: one.path if one.coding == WEB else None):
-            places = list(group)
+        for address, group in groupby(pictures, key=lambda one: one[1].path if one[1].coding == WEB else None):
+            some = list(group)
             if address is None:
-                parts.append(self.read(places))
+                parts.append(self.read(some))
             else:
-                parts.append(fetch_pixels(address, [one.offset for one in places], self.shape))
+                parts.append(fetch_pixels(address, [place.offset for _, place in some], self.shape))
         return self.normalise(np.concatenate(parts))
 
     def __call__(self, references: list[dict], image_ids: list[int]) -> torch.Tensor:
-        """What `LlavaCollator` asks for: the pictures of the column `images`; their ids matter to a cache only."""
-        return self.from_references([Reference(**reference) for reference in references])
+        """What `LlavaCollator` asks for: the pictures of the columns `images` and `image_ids`."""
+        places = [Reference(**reference) for reference in references]
+        return self.from_references(list(zip(image_ids, places, strict=True)))

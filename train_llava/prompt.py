@@ -12,7 +12,7 @@ from transformers import BatchFeature
 from files import UserError
 from images import load_image, read_image_bytes
 from pixels import Pixels, count_image_tokens
-from rows import IMAGE_MARK, join_parts
+from rows import IMAGE_MARK, SPELLED_MARK, join_parts
 from template import encode_prompt
 
 
@@ -40,9 +40,9 @@ def take_pictures(messages: list[dict]) -> list[Image.Image]:
     """The pictures of a conversation; raises UserError where a message has more marks than pictures, or fewer."""
     for number, message in enumerate(messages, start=1):
         marks, images = message["content"].count(IMAGE_MARK), message.get("images", [])
-        if marks and message["role"] != "user":
+        if marks and message["role"] not in ("user", "assistant"):
             raise UserError(f"message {number}, by {message['role']}: {IMAGE_MARK} is in it; only users show pictures")
-        if marks != len(images):
+        if marks != len(images) and message["role"] == "user":
             raise UserError(
                 f"message {number}: {marks} {IMAGE_MARK} in the text, {len(images)} pictures. Write one for each, "
                 "where it is to be shown, or none: all then stand before the text."
@@ -64,11 +64,11 @@ def encode_prompts(
     """
     pictures = [take_pictures(messages) for messages in conversations]
     pixels, image_tokens = prepare_pictures(processor) if any(pictures) else (None, 0)
-    prompts = []
+    prompts, marks = [], {"user": processor.image_token}
     for messages, images in zip(conversations, pictures, strict=True):
         texts = [
             {key: value for key, value in message.items() if key != "images"}
-            | {"content": message["content"].replace(IMAGE_MARK, processor.image_token)}
+            | {"content": message["content"].replace(IMAGE_MARK, marks.get(message["role"], SPELLED_MARK))}
             for message in messages
         ]
         ids = encode_prompt(texts, processor.tokenizer, tools, **template_kwargs)

@@ -20,6 +20,7 @@ from picture_files import SOURCE_KEYS, ImageNotFound, PictureFolder
 from tars import Member, read_members
 
 IMAGE_MARK = "<image>"
+SPELLED_MARK = "<image >"  # in its place where a model has spelled it, by other tokens: it comes back with the history
 ROLES = {
     **{"system": "system", "developer": "system", "user": "user", "human": "user"},
     **{"assistant": "assistant", "gpt": "assistant"},

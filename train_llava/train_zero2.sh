@@ -29,6 +29,18 @@ fi
 output=${OUTPUT:-output_zero2}
 flags=("${device_args[@]}" --deepspeed ds_zero2_no_offload.json)
 # >>> llava-recipe: one copy of this block stands in every launch script
+first=() of_both=true
+for flag in "$@"; do # the tiny model's first stage trains the projector alone: adapters and the tower's rate aren't for it
+    case $flag in
+    --lora_* | --target_modules | --use_lora | --train_type | --vision_learning_rate) of_both=false ;;
+    --*) of_both=true ;;
+    esac
+    [[ $of_both == false ]] || first+=("$flag")
+done
+if [[ -z "${MODEL:-}" && " ${first[*]} " == *" --output_dir"* ]]; then
+    echo "error: --output_dir: this is two runs, and a look at the result; name their folder by OUTPUT=... instead" >&2
+    exit 1
+fi
 if [[ -z "${DATA:-}" ]]; then
     python data01_scenes.py
     DATA=cache_data/scenes flags+=(--eval_data_path cache_data/scenes_eval)
@@ -38,7 +50,7 @@ set -x
 if [[ -z "${MODEL:-}" ]]; then # the tiny one: its tower learns to see while it is built, then the projector, then all
     flags+=(--per_device_train_batch_size $(((16 + nproc - 1) / nproc)) --learning_rate 2e-3 --adam_beta2 0.98)
     stages=(--model_name_or_path tiny --output_dir "$output/stage1" --max_steps 60 --eval_strategy no --eval_on_start false)
-    "${launch[@]}" train.py "${flags[@]}" "${stages[@]}" "$@" --train_type projector
+    "${launch[@]}" train.py "${flags[@]}" "${stages[@]}" "${first[@]}" --train_type projector
     stages=(--model_name_or_path "$output/stage1" --output_dir "$output" --train_type freeze_vision --num_train_epochs 3)
     "${launch[@]}" train.py "${flags[@]}" "${stages[@]}" "$@"
     [[ "$DATA" != cache_data/scenes ]] || python evaluate_scenes.py "$output" --output "$output/scenes_results.json"

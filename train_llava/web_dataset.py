@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 import numpy as np
 import pyarrow
@@ -67,9 +68,11 @@ def ask(address: str, body: bytes | None = None, patience: float | None = None) 
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         if time.monotonic() + pause > end:
+            host, proxy = urlsplit(address).hostname, getproxies().get(urlsplit(address).scheme)
+            way = f" It was asked through the proxy {proxy}: export no_proxy={host}, unless it is behind it."
             raise UserError(
                 f"{address}: no answer for {patience:g} seconds ({reason}). Start web_dataset_backend.py there, then "
-                "this command again."
+                f"this command again.{way * bool(proxy and not proxy_bypass(host))}"
             )
         if pause > 1 and not told:
             print(f"{address}: {reason}; waiting for it", file=sys.stderr, flush=True)

@@ -37,15 +37,15 @@ ROWS_AT_ONCE = 1000
 router = APIRouter(dependencies=[Depends(check_key)])
 
 
-def number_pictures(rows) -> tuple[dict[int, int], list[Reference]]:
-    """The number of each picture by its id, in the order of the rows, and where each is."""
-    numbers, references = {}, []
+def number_pictures(rows) -> tuple[dict[int, int], list[tuple[int, Reference]]]:
+    """The number of each picture by its id, in the order of the rows, and the id and place of each."""
+    numbers, pictures = {}, []
     for images, image_ids in zip(rows["images"][:], rows["image_ids"][:], strict=True):
         for image, image_id in zip(images, image_ids, strict=True):
             if image_id not in numbers:
-                numbers[image_id] = len(references)
-                references.append(Reference(**image))
-    return numbers, references
+                numbers[image_id] = len(pictures)
+                pictures.append((image_id, Reference(**image)))
+    return numbers, pictures
 
 
 def check_data(request: Request, data: str) -> None:
@@ -83,7 +83,7 @@ async def read_numbers(request: Request) -> list[int]:
         raise api_error(408, f"the body did not arrive within {BODY_SECONDS} seconds") from None
     except (ValueError, RecursionError):
         raise api_error(400, "the body is no JSON") from None
-    count = len(request.app.state.references)
+    count = len(request.app.state.pictures)
     if not isinstance(numbers, list) or not 1 <= len(numbers) <= PICTURES_AT_ONCE:
         raise api_error(400, f"a list of 1 to {PICTURES_AT_ONCE} numbers of pictures is wanted")
     if not all(type(number) is int and 0 <= number < count for number in numbers):
@@ -93,7 +93,7 @@ async def read_numbers(request: Request) -> list[int]:
 
 def pack_pictures(state, numbers: list[int]) -> bytes:
     """The bytes of these pictures, each (3, height, width), compressed; raises ImageError."""
-    pixels = state.pixels.read([state.references[number] for number in numbers])
+    pixels = state.pixels.read([state.pictures[number] for number in numbers])
     return pyarrow.compress(pixels.tobytes(), "zstd", asbytes=True)
 
 
@@ -131,7 +131,7 @@ def create_app(
         app.add_exception_handler(error, send_error)
     state = app.state
     state.rows, content_hash = load_encoded(data_path, processor, model_max_length)
-    state.numbers, state.references = number_pictures(state.rows)
+    state.numbers, state.pictures = number_pictures(state.rows)
     state.pixels = Pixels(processor.image_processor)
     made_of = describe_tokens(processor, model_max_length)
     made_of |= {"image processor": describe_pixels(processor.image_processor)}
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     bad = sum(map(bool, app.state.rows["error"][:]))
-    print(f"{len(app.state.rows):,} examples, {bad} of them bad, {len(app.state.references):,} pictures", flush=True)
+    print(f"{len(app.state.rows):,} examples, {bad} of them bad, {len(app.state.pictures):,} pictures", flush=True)
     create_server(app, args.host, args.port, log_level="warning").run()
 
 

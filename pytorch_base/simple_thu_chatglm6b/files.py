@@ -116,13 +116,18 @@ def read_records(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
         yield from read_json(path, encoding)
 
 
+def describe(value: object) -> str:
+    """What JSON has no form for, in words: a date; of bytes, which may be a picture, their number."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
 def read_parquet(path: str) -> Iterator[tuple[int, object, str]]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
             for record in batch.to_pylist():
                 number += 1
-                yield number, record, json.dumps(record, ensure_ascii=False, default=str)
+                yield number, record, json.dumps(record, ensure_ascii=False, default=describe)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: no Parquet file, or a broken one: {str(error).splitlines()[0]}") from None
 
@@ -139,7 +144,7 @@ def read_csv(path: str, encoding: str) -> Iterator[tuple[int, object, str]]:
                 text = json.dumps(cells, ensure_ascii=False)
                 if len(cells) > len(names):
                     yield line, UserError(f"{len(cells)} cells, the header has {len(names)}"), text
-                elif cells:
+                elif any(cells):  # Excel writes an empty line as ",,,"
                     yield line, {name: cell for name, cell in zip(names, cells, strict=False) if cell}, text
                 line = reader.line_num + 1
         except csv.Error as error:

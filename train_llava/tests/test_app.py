@@ -69,6 +69,8 @@ def test_several_turns_and_details(chat, client):
     system, turn = {"role": "system", "content": "宇"}, {"role": "assistant", "content": "地"}
     messages = [system, ask_about([RED], "天"), turn, ask_about([BLUE], "玄"), ask_about([], "黄")]
     assert text_of(ask(client, [system, *asked])) == expected_reply(chat, *messages)
+    turn["content"] = asked[1]["content"] = "<image>"  # a model can spell it by other tokens: what it said is text
+    assert text_of(ask(client, [system, *asked])) == expected_reply(chat, *messages)
 
 
 def test_a_photo_is_turned_and_transparency_is_white(chat, client):

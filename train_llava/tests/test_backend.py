@@ -165,7 +165,7 @@ def test_no_other_server_is_told_the_key(address):
 def test_too_many_requests_are_told_to_come_back_and_do(folder, processor, monkeypatch):
     app = create_app(folder, processor, 2048, KEY, max_queue=1)
     read, started = app.state.pixels.read, threading.Event()
-    app.state.pixels.read = lambda references: started.set() or time.sleep(0.3) or read(references)
+    app.state.pixels.read = lambda pictures: started.set() or time.sleep(0.3) or read(pictures)
     with serve(app) as address:
         pixels = f"{address}/pixels/{app.state.index['data']}"
         first = threading.Thread(target=request, args=(pixels, b"[0]"))
@@ -178,7 +178,12 @@ def test_too_many_requests_are_told_to_come_back_and_do(folder, processor, monke
 
 def test_nobody_there_is_told_after_a_time(monkeypatch, tmp_path, processor):
     monkeypatch.setattr(web_dataset, "FIND_SECONDS", 0.5)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/index: no answer for 0\.5 seconds .*refused"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/index: no answer for 0\.5 seconds .*refused.*again\.$"):
+        load_encoded("http://127.0.0.1:9", processor, 2048)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:8")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(UserError, match=r"through the proxy http://127\.0\.0\.1:8: export no_proxy=127\.0\.0\.1,"):
         load_encoded("http://127.0.0.1:9", processor, 2048)
     monkeypatch.setattr(web_dataset, "ask", lambda *args, **settings: b"<html>")
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9: what answers there is no web_dataset_backend\.py"):

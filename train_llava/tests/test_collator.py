@@ -1,5 +1,6 @@
 """Pictures become the processor's numbers, bit for bit, in the order of their tokens; no batch is without one."""
 
+import hashlib
 import tarfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from collator import LlavaCollator
 from data import load_encoded
 from images import ImageError, Reference, load_image, read_image_bytes
 from odd_images import draw_good
-from pixels import Pixels, count_image_tokens
+from pixels import Pixels, count_image_tokens, number_of
 from rows import UserError
 from tars import read_members
 from template import IGNORE_INDEX
@@ -32,6 +33,10 @@ def encoded(tmp_path_factory):
             patch.setattr(module, "CACHE_DIR", folder / "cache")
         processor = make_processor()
         yield load_encoded(write_mixed_rows(folder / "data", 3), processor, 2048)[0], processor
+
+
+def with_ids(references: list[Reference]) -> list[tuple[int, Reference]]:
+    return [(number_of(hashlib.sha256(read_image_bytes(*one)).hexdigest()), one) for one in references]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,8 +74,18 @@ def test_pictures_stand_in_the_order_of_their_tokens(encoded):
         picture = load_image(read_image_bytes(**place))
         own = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(batch["pixel_values"][number], own)
-    with pytest.raises(ImageError, match=r"none\.png, checked before, is broken now: can't be read"):
-        Pixels(processor.image_processor).from_references([Reference("none.png")])
+
+
+def test_a_picture_that_was_changed_is_no_picture_of_the_data_set(tmp_path):
+    first, second = write_pictures(tmp_path, 2)
+    pixels, known = Pixels(make_processor().image_processor), with_ids([Reference(str(tmp_path / first))])
+    pixels.from_references(known)
+    (tmp_path / first).write_bytes((tmp_path / second).read_bytes())
+    with pytest.raises(ImageError, match=rf"{first} was changed since it was checked: it is another picture"):
+        pixels.from_references(known)
+    (tmp_path / first).unlink()
+    with pytest.raises(ImageError, match=rf"{first} was changed since it was checked: can't be read"):
+        pixels.from_references(known)
 
 
 def test_workers_give_the_same_batches(encoded):
@@ -124,12 +139,12 @@ def test_features_take_the_place_of_pictures(encoded):
 def test_many_pictures_at_once_are_each_by_itself_in_a_tar_too(tmp_path):
     names = write_pictures(tmp_path, 20)
     pixels = Pixels(make_processor().image_processor)
-    references = [Reference(str(tmp_path / name)) for name in names]
+    references = with_ids([Reference(str(tmp_path / name)) for name in names])
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name in names:
             tar.add(tmp_path / name, name)
-    members = [Reference(str(tmp_path / "x.tar"), member.offset, member.size) for member in read_members(tar.name)]
+    members = [Reference(tar.name, member.offset, member.size) for member in read_members(tar.name)]
     together = pixels.from_references(references)
     assert torch.equal(together, torch.cat([pixels.from_references([one]) for one in references]))
-    assert torch.equal(together, pixels.from_references(members))
+    assert torch.equal(together, pixels.from_references(with_ids(members)))
     assert len(np.unique(together.flatten(1)[:, 0])) > 1 and pixels.from_references([]).shape == (0, 3, 24, 24)

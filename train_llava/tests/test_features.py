@@ -1,5 +1,6 @@
 """A frozen tower's features: computed once, kept within the limit, read by workers, and the loss stays what it was."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -12,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 
 import features
 from data import list_image_ids, load_encoded
-from features import FeatureCache, keep_features
+from features import FeatureCache, keep_features, name_of
 from images import Reference
-from model import freeze
+from model import freeze, set_aspect_ratio
 from pixels import Pixels
 from rows import UserError
 
@@ -28,15 +29,22 @@ def cache_dir(tmp_path, monkeypatch):
 class CountedPixels(Pixels):
     decoded = 0
 
-    def from_references(self, references):
-        self.decoded += len(references)
-        return super().from_references(references)
+    def from_references(self, pictures):
+        self.decoded += len(pictures)
+        return super().from_references(pictures)
 
 
 def read_model(folder: str, train_type: str = "freeze_vision"):
     model = LlavaForConditionalGeneration.from_pretrained(folder).train()
     freeze(model, train_type)
     return model
+
+
+def copy_of(config, **settings):
+    config = copy.deepcopy(config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
 
 
 def keep(model, pixels, rows, limit_gb=10.0):
@@ -61,13 +69,14 @@ def test_features_are_the_tower_s_and_computed_once(tower, processor, data_file,
     pixels = CountedPixels(processor.image_processor)
     model = read_model(folder)
     places = rows[1]["images"] + rows[0]["images"]
-    pixel_values = pixels(places, [])
+    image_ids = rows[1]["image_ids"] + rows[0]["image_ids"]
+    pixel_values = pixels(places, image_ids)
     expected = project(model, pixel_values)
     pixels.decoded = 0
     cache, messages = keep(model, pixels, [rows])
     assert pixels.decoded == len(ids) and f"features of {len(ids)} pictures" in messages[0]
     assert cache.shape == (16, 128)
-    kept = pickle.loads(pickle.dumps(cache))(places, rows[1]["image_ids"] + rows[0]["image_ids"])  # as a worker does
+    kept = pickle.loads(pickle.dumps(cache))(places, image_ids)  # as a worker does
     assert kept.dtype == torch.float16 and kept.shape == (3, 16, 128)
     torch.testing.assert_close(project(model, kept), expected, rtol=1e-2, atol=5e-3)
 
@@ -76,9 +85,26 @@ def test_features_are_the_tower_s_and_computed_once(tower, processor, data_file,
     assert pixels.decoded == len(set(list_image_ids(others)) - set(ids))
     keep(read_model(folder), pixels, [rows, others])
     assert pixels.decoded == len(set(list_image_ids(others)) - set(ids))
-    changed = read_model(folder)  # another tower never meets an old cache
-    next(changed.model.vision_tower.parameters()).data[0] += 0.1
-    assert keep(changed, pixels, [rows])[0].folder != cache.folder
+
+
+def test_what_decides_a_feature_names_its_cache(tiny_folder, processor, cache_dir):
+    """Another tower, layer, strategy, treatment of pictures or precision never meets an old cache."""
+    accelerator, own, model = Accelerator(cpu=True), processor.image_processor, read_model(tiny_folder)
+    tower, config = model.model.vision_tower, model.config
+
+    def name(tower=tower, own=own, accelerator=accelerator, **settings):
+        return name_of(tower, copy_of(config, **settings), own, accelerator)
+
+    moved = read_model(tiny_folder).model.vision_tower
+    next(moved.parameters()).data[0] += 0.1
+    half = SimpleNamespace(mixed_precision="bf16")
+    layer, strategy = config.vision_feature_layer - 1, {"default": "full", "full": "default"}
+    names = [
+        *(name(), name(tower=moved), name(own=set_aspect_ratio(own, "crop")), name(accelerator=half)),
+        *(name(vision_feature_layer=layer), name(own=type("OtherPil", (type(own),), {})(**own.to_dict()))),
+        name(vision_feature_select_strategy=strategy[config.vision_feature_select_strategy]),
+    ]
+    assert len(set(names)) == len(names) and name() == names[0]
 
 
 def test_the_cache_never_grows_beyond_its_limit(tiny_folder, processor, data_file, cache_dir):
@@ -88,11 +114,15 @@ def test_the_cache_never_grows_beyond_its_limit(tiny_folder, processor, data_fil
     source, messages = keep(read_model(tiny_folder), pixels, [rows], 0.99 * size)
     assert source is pixels and not cache_dir.exists()
     assert "are not kept" in messages[0] and "--feature_cache_gb" in messages[0]
-    assert isinstance(keep(read_model(tiny_folder), pixels, [rows], 1.01 * size)[0], FeatureCache)
+    assert isinstance(keep(read_model(tiny_folder), pixels, [rows], 1.3 * size)[0], FeatureCache)
     assert sum(file.stat().st_size for file in cache_dir.rglob("*.fp16")) == round(size * 1e9)
+    (folder,) = cache_dir.glob("features-*")
+    (folder / "3-of-4.partial").write_bytes(b"torn")  # by ranks that won't be so many again
+    keep(read_model(tiny_folder), pixels, [rows])
+    assert not list(folder.glob("*.partial"))
     changed = read_model(tiny_folder)
     next(changed.model.vision_tower.parameters()).data[0] += 0.1
-    assert keep(changed, pixels, [rows], 1.01 * size)[0] is pixels  # those of another tower count too
+    assert keep(changed, pixels, [rows], 1.3 * size)[0] is pixels  # those of another tower count too
     assert keep(read_model(tiny_folder), pixels, [rows], 0.0) == (pixels, [])
     assert keep(read_model(tiny_folder, "none"), pixels, [rows]) == (pixels, [])
 

@@ -98,6 +98,11 @@ def test_what_a_script_runs(script, expected, command, tmp_path):
     (own,) = command(script, "--train_type", "none", DATA="my", MODEL="org/llava", OUTPUT="out")
     assert "--data_path my --model_name_or_path org/llava " in own and f"--output_dir {tmp_path}/out " in own
     assert own.endswith("--train_type none") and "scenes" not in own
+    adapters = ["--train_type", "use_lora", "--target_modules", "q_proj", "v_proj", "--lora_r", "16"]
+    _, first, second, _ = command(script, *adapters, "--seed", "7")
+    assert "lora" not in first and "q_proj" not in first and first.endswith("--seed 7 --train_type projector")
+    assert second.endswith(" ".join([*adapters, "--seed 7"]))
+    assert "by OUTPUT=" in command(script, "--output_dir", "x", status=1)[-1]
 
 
 def test_both_stages_of_real_models(command, tmp_path):
@@ -111,4 +116,12 @@ def test_both_stages_of_real_models(command, tmp_path):
         assert f"--model_name_or_path {tmp_path}/out/{model} " in line
         assert f"--output_dir {tmp_path}/out/{output} " in line
     assert "--data_path my" in second and second.endswith("--train_type use_lora")
+    common = "--image_aspect_ratio crop --skip_bad_rows true"
+    said, first, _, second = command(
+        "train_stages.sh", *common.split(), STAGE1="--max_steps 5", DATA="my", MODEL="org/llava"
+    )
+    assert first.endswith(f"--per_device_train_batch_size 16 --max_steps 5 {common}") and second.endswith(common)
+    (tmp_path / "out/built").mkdir()  # as the first command has left it
+    assert len(command("train_stages.sh", **parts)) == 4
+    assert "built of other parts" in command("train_stages.sh", status=1, **parts | {"TEXT": "org/other"})[-1]
     assert "VISION and TEXT, or MODEL" in command("train_stages.sh", status=1, DATA="my", TEXT="org/qwen")[-1]

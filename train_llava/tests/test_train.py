@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -28,6 +29,20 @@ def make_trainer(folder, processor, rows, tmp_path, train_type="none"):
     image_tokens = count_image_tokens(processor)
     collator = LlavaCollator(Pixels(processor.image_processor), processor.image_token_id, image_tokens, True)
     return LlavaTrainer(model=model, args=args, train_dataset=rows, data_collator=collator)
+
+
+def test_pictures_are_decoded_by_workers_beside_a_gpu(monkeypatch):
+    def workers(**flags) -> int:
+        return arguments.TrainingArguments(output_dir="x", **flags).dataloader_num_workers
+
+    assert workers() == 0 and workers(dataloader_num_workers=3) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(arguments.transformers.TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(arguments.TrainingArguments, "_n_gpu", 1, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert workers() == 6 and workers(use_cpu=True) == 0 and workers(dataloader_num_workers=3) == 3
 
 
 def gradients_of(trainer, rows) -> tuple[float, dict[str, torch.Tensor]]:

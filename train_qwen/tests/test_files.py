@@ -8,7 +8,7 @@ import pytest
 
 from conftest import settings
 from data import load_encoded, load_splits
-from files import detect_encoding, identify_file, list_files, list_unread_files
+from files import detect_encoding, identify_file, list_files, list_unread_files, read_records
 from rows import UserError, read_rows
 
 
@@ -83,8 +83,10 @@ def test_files_of_other_kinds_are_read_alike(ending, tmp_path):
     ]
     path, table = tmp_path / f"rows.{ending}", pd.DataFrame(rows)
     if ending.endswith(("csv", "tsv")):
-        encoding = "gb18030" if ending.startswith("gb") else "utf-8-sig"
-        table.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",", encoding=encoding)
+        encoding, separator = "gb18030" if ending.startswith("gb") else "utf-8-sig", "\t" if ending == "tsv" else ","
+        table.to_csv(path, index=False, sep=separator, encoding=encoding)
+        with path.open("a") as file:
+            file.write(f"{separator * 2}\n")  # Excel's empty line is none
     elif ending == "parquet":
         table.to_parquet(path)
     elif ending == "jsonl.gz":
@@ -95,6 +97,15 @@ def test_files_of_other_kinds_are_read_alike(ending, tmp_path):
     assert [json.loads(row["messages"])[0]["content"] for row in read] == ["第0问", "第1问\n甲，\n乙"][: len(rows)]
     lines = {"parquet": [1, 2], "jsonl.gz": [1, 2], "pretty.json": [1], "data.json": [6, 11]}.get(ending, [2, 3])
     assert [row["source"] for row in read] == [f"{path}:{line}" for line in lines]
+
+
+def test_a_picture_in_a_table_is_not_written_out_as_text(tmp_path):
+    pd.DataFrame([{"image": {"bytes": bytes(10**6)}, "day": pd.Timestamp("2026-01-02")}]).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    ((_, record, text),) = read_records(str(tmp_path / "a.parquet"), "")
+    assert len(record["image"]["bytes"]) == 10**6
+    assert text == '{"image": {"bytes": "1000000 bytes"}, "day": "2026-01-02 00:00:00"}'
 
 
 def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path):
