@@ -54,7 +54,7 @@ def explain_write_errors(folder: str, flag: str = "--output_dir / OUTPUT") -> It
             raise
         path = (isinstance(error, OSError) and error.filename) or folder
         if number in FULL_DISK:
-            advice = "Free some space and start again; a training goes on from its last complete checkpoint."
+            advice = "Free some space and start again; a training goes on from its last complete checkpoint, if any."
         else:
             advice = f"Change its permissions, or give {flag} a folder that can be written to."
         message = f"{path}: {os.strerror(number)}. {advice}"
