@@ -20,6 +20,7 @@ does. The tower's share of a step is its forward pass, measured alone, beside th
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -129,16 +130,17 @@ def build_ours(way: str, model, processor, rows: list[dict], settings: dict, fol
     from images import Reference
     from llava_trainer import LlavaTrainer
     from model import freeze
-    from pixels import Pixels, count_image_tokens
+    from pixels import Pixels, count_image_tokens, number_of
 
     features.CACHE_DIR = folder / "cache"
     pixels = Pixels(processor.image_processor)
     tokens, examples = count_image_tokens(processor), []
-    for number, row in enumerate(rows):
+    for row in rows:
         ids = [IMAGE] * (tokens - 1) + row["ids"]
         labels = np.where(np.arange(len(ids)) < tokens - 1 + row["prompt"], -100, ids).tolist()
         example = {"input_ids": ids, "labels": labels, "length": len(ids)}
-        examples.append(example | {"images": [Reference(row["picture"])._asdict()], "image_ids": [number]})
+        image_id = number_of(hashlib.sha256(Path(row["picture"]).read_bytes()).hexdigest())
+        examples.append(example | {"images": [Reference(row["picture"])._asdict()], "image_ids": [image_id]})
 
     freeze(model, "freeze_vision")
     settings = settings | {"eval_strategy": "no", "eval_on_start": False}
