@@ -67,7 +67,7 @@ def fast_tokenizer(proto: ModelProto, processor: SentencePieceProcessor, marks: 
     if prefix and defined:
         longest_first = sorted(defined, key=len, reverse=True)
         fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
-    else:
+    else:  # normalized: found when spaces are ▁ already, since a piece that holds one is called so
         fast.add_tokens([AddedToken(name, special=False, normalized=True) for name in defined])
     for mark in marks.values():
         (fast.add_special_tokens if mark.special else fast.add_tokens)([mark])

@@ -19,16 +19,29 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 
+def own_address(address: str) -> str:
+    """The address from which this machine would send to `address`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
+        unsent.connect((address, 9))
+        return unsent.getsockname()[0]
+
+
 def find_interface(address: str) -> str:
     """The network interface that leads to `address`.
 
     Left to themselves gloo and NCCL may ask what address the machine's own name has, and in containers, Debian and
     Ubuntu /etc/hosts says 127.0.x.1, where no other machine can reach it (pytorch#8672).
+    `address` may be that very name: then it's the interface of the default route, without one the first that is up.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
-        unsent.connect((address, 9))
-        own = unsent.getsockname()[0]
-    return next(name for name, found in psutil.net_if_addrs().items() if own in {one.address for one in found})
+    own, found = own_address(address), [(name, one) for name, some in psutil.net_if_addrs().items() for one in some]
+    names = {one.address: name for name, one in found if one.family == socket.AF_INET}
+    if own.startswith("127.") and address != "localhost" and not address.startswith("127."):
+        try:
+            own = own_address("198.51.100.1")  # nobody has it (RFC 5737): the way there is the default route
+        except OSError:
+            up = {name for name, one in psutil.net_if_stats().items() if one.isup}
+            own = next((one for one, name in names.items() if name in up and not one.startswith("127.")), own)
+    return names[own]
 
 
 def main():

@@ -66,5 +66,13 @@ for text in [*TEXTS, "train" * 4, "train" * 5]:
     print(" ".join(split_words(text)), "->", *ours)
     assert ours == library.encode(text).tokens
     pieces, words, unknown = pieces + len(ours), words + len(split_words(text)), unknown + ours.count(UNKNOWN)
+spaces = normalizers.BertNormalizer(clean_text=False, strip_accents=False, lowercase=False)  # around Chinese only
+characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]  # all but halves of UTF-16's pairs
+chinese = {character for character in characters if is_chinese(character)}
+apart = chinese ^ {character for character in characters if spaces.normalize_str(character) == f" {character} "}
+assert apart <= set(map(chr, range(0x2B820, 0x2B920)))  # Chinese for BERT, not for the library
 assert cut("tokenization", vocabulary) != [UNKNOWN] == cut("tokenizatiön", vocabulary) == cut("train" * 5, vocabulary)
-print(f"proof: {pieces} pieces of {words} words equal the library's, {unknown} of them {UNKNOWN}")
+print(
+    f"proof: {pieces} pieces of {words} words equal the library's, {unknown} of them {UNKNOWN}; {len(chinese):,} "
+    f"characters are Chinese, all but {len(apart)} for the library, too"
+)

@@ -85,6 +85,8 @@ whole, used = (
     sum(w[0].numel() * TOP for n, w in weights.items() if "exp" in n),
 )
 used += weights["gate.weight"].numel()
+reached = torch.autograd.grad(mix(tokens[:1], weights, renormalise=False).sum(), list(weights.values()))
+assert used == sum(gradient.count_nonzero() for gradient in reached)  # none reaches what a token isn't computed with
 print("the first token's p:", *[f"{p:.2f}" for p in probabilities[0]], "-> experts", *chosen[0].tolist())
 print(f"a token is computed with {used:,} of {whole:,} parameters")
 

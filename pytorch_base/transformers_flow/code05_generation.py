@@ -87,7 +87,7 @@ def beam_search(model, input_ids: torch.Tensor) -> torch.Tensor:
 
 model, vocabulary = train_tiny_model()
 torch.set_grad_enabled(False)
-prompts = {text: torch.tensor([[vocabulary.index(character) for character in text]]) for text in ("今天", "在", "她")}
+prompts = {text: torch.tensor([[vocabulary.index(c) for c in text]]) for text in ("今天", "在", "她", "山里")}
 prompt = prompts["今天"]
 METHODS = {
     "greedy": {"do_sample": False},

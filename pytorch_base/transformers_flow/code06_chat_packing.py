@@ -90,13 +90,13 @@ for chat, (ids, labels) in zip(CHATS, rows, strict=True):
     messages = [{"role": role, "content": content} for role, content in chat]
     theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert ids == theirs["input_ids"] and [int(label != IGNORED) for label in labels] == theirs["assistant_masks"]
-    print(
-        repr(tokenizer.decode(ids)), "learns", repr(tokenizer.decode([label for label in labels if label != IGNORED]))
-    )
+    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    print(repr(tokenizer.decode(ids)), "learns", repr(learned))
 
 packed, padded = pack(rows), pad(rows)
-flat = DataCollatorWithFlattening()([{"input_ids": ids, "labels": labels} for ids, labels in rows])
-assert all(torch.equal(packed[name], flat[name]) for name in packed)
+for some in (rows, [(ids, ids) for ids, _ in rows]):  # learned are the replies; or all tokens, the first among them
+    flat = DataCollatorWithFlattening()([{"input_ids": ids, "labels": labels} for ids, labels in some])
+    assert all(torch.equal(values, flat[name]) for name, values in pack(some).items())
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2, **sizes))
 ways = {

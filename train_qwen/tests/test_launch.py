@@ -58,16 +58,17 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def machines(tmp_path):
-    """What runs a command on each of two machines, and the first one's address.
+    """What runs a command on each of two machines, and the first one's name.
 
-    They are network namespaces joined by a cable, where the machine's own name leads to 127.0.1.1, as on Debian; where
-    the system allows none, both are this machine.
+    They are network namespaces joined by a cable, where the machine's own name leads to 127.0.1.1, as on Debian, and
+    another network of the first, such as containers have, stands before it; where the system allows none, both are this
+    machine.
     """
     names = [f"zero-{os.getpid()}-{node}" for node in (0, 1)]
-    hosts = f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n10.77.0.1 first\n10.77.0.2 second\n"
     try:
         for name in names:
             ip("netns", "add", name)
+        ip("link", "add", "inner0", "netns", names[0], "type", "veth", "peer", "name", "inner1", "netns", names[0])
         ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
     except (OSError, subprocess.CalledProcessError) as error:
         for name in names:
@@ -76,12 +77,19 @@ def machines(tmp_path):
         yield [[], []], "127.0.0.1"
         return
     for node, name in enumerate(names):
-        ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"cable{node}")
+        ip("-n", name, "addr", "add", f"192.168.78.{node + 1}/24", "dev", f"cable{node}")
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "link", "set", f"cable{node}", "up")
         Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
+        first = "192.168.78.1" if node else "127.0.1.1"
+        hosts = f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n{first} first\n"
         Path("/etc/netns", name, "hosts").write_text(hosts)
-    yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1"
+        Path("/etc/netns", name, "resolv.conf").touch()  # no name server: nobody would answer on the default route
+    ip("-n", names[0], "route", "add", "default", "dev", "cable0")
+    ip("-n", names[0], "addr", "add", "172.17.0.1/16", "dev", "inner0")
+    for end in ("inner0", "inner1"):
+        ip("-n", names[0], "link", "set", end, "up")
+    yield [["ip", "netns", "exec", name] for name in names], "first"
     for name in names:
         ip("netns", "delete", name)
         shutil.rmtree(f"/etc/netns/{name}")

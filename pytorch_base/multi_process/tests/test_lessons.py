@@ -298,14 +298,19 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-@pytest.fixture(params=["one machine", "127.0.0.1", "127.0.1.1"])
+@pytest.fixture(
+    params=[("one machine", ""), ("192.168.78.1", "127.0.0.1"), ("192.168.78.1", "127.0.1.1"), ("first", "127.0.1.1")],
+    ids=" ".join,
+)
 def machines(request):
-    """What runs a command on each of two machines, and the first one's address.
+    """What runs a command on each of two machines, and the first one's address, or its name.
 
-    They are network namespaces joined by a cable, where the machine's own name leads to the parameter, as in containers
-    and on Debian; where the system allows none, both are this machine.
+    They are network namespaces joined by a cable, where the machine's own name leads to the second parameter, as in
+    containers and on Debian. Of two nodes gloo lets the one with the larger address call the other: their addresses are
+    larger than 127.0.x.1, where the first, if it went by that, would wait in vain.
     """
-    if request.param == "one machine":
+    address, own = request.param
+    if address == "one machine":
         yield [[], []], "127.0.0.1"
         return
     names = [f"lesson-{os.getpid()}-{node}" for node in (0, 1)]
@@ -318,12 +323,14 @@ def machines(request):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True) if shutil.which("ip") else None
         pytest.skip(f"no network namespaces here ({error})")
     for node, name in enumerate(names):
-        ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"cable{node}")
+        ip("-n", name, "addr", "add", f"192.168.78.{node + 1}/24", "dev", f"cable{node}")
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "link", "set", f"cable{node}", "up")
         Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
-        Path("/etc/netns", name, "hosts").write_text(f"127.0.0.1 localhost\n{request.param} {os.uname().nodename}\n")
-    yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1"
+        first = "192.168.78.1" if node else own
+        hosts = f"127.0.0.1 localhost\n{own} {os.uname().nodename}\n{first} first\n"
+        Path("/etc/netns", name, "hosts").write_text(hosts)
+    yield [["ip", "netns", "exec", name] for name in names], address
     for name in names:
         ip("netns", "delete", name)
         shutil.rmtree(f"/etc/netns/{name}")

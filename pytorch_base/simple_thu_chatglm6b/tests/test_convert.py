@@ -1,6 +1,7 @@
 """A ChatGLM2/3 folder becomes GLM-4's class with the same logits and tokens, or is refused with the reason."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from conftest import RECIPE, make_conversations, write_rows
 from convert_to_glm import convert
 from rows import UserError
 from template import encode_conversation
-from tiny_chatglm import write_checkpoint
+from tiny_chatglm import TEXTS, write_checkpoint
 
 TURNS = [{"role": "user", "content": "你好 world"}, {"role": "assistant", "content": "好的  ½"}]
 
@@ -188,6 +189,22 @@ def test_a_piece_that_nothing_merges_into_is_never_found(tmp_path):
     convert(tmp_path / "old", tmp_path / "new")
     ids = AutoTokenizer.from_pretrained(tmp_path / "new")("天地玄黄", add_special_tokens=False)["input_ids"]
     assert ids == SentencePieceProcessor(model_file=str(model)).encode("天地玄黄") and len(ids) > 1
+
+
+def test_what_merges_first_is_told_by_the_scores(tmp_path):
+    """Not by the numbers, though SentencePiece's own training gives the pieces both in one order."""
+    write_checkpoint(tmp_path / "old")
+    model = tmp_path / "old" / "tokenizer.model"
+    before, proto = SentencePieceProcessor(model_file=str(model)), ModelProto.FromString(model.read_bytes())
+    merged = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    scores = [piece.score for piece in merged]
+    random.Random(0).shuffle(scores)
+    for piece, score in zip(merged, scores, strict=True):
+        piece.score = score
+    model.write_bytes(proto.SerializeToString())
+    convert(tmp_path / "old", tmp_path / "new")
+    tokenizer, after = AutoTokenizer.from_pretrained(tmp_path / "new"), SentencePieceProcessor(model_file=str(model))
+    assert tokenizer(TEXTS, add_special_tokens=False)["input_ids"] == after.encode(TEXTS) != before.encode(TEXTS)
 
 
 WRONG = {  # what is only so joined is a split after 20 characters, which no piece has
