@@ -25,8 +25,8 @@ def add_advantages(rollout: DataProto, scored: Scored, adv_estimator: str, args)
     """Puts `advantages` and `returns` [completions, length] into the rollout, by verl's estimator of that name.
 
     A completion without a score takes no part: it is masked out, and its group is compared without it. Nor does a
-    group of one, which has nothing to be compared with. A completion that was cut off is compared and then
-    masked out, where `mask_truncated_completions` asks for that.
+    group of one, which has nothing to be compared with; where none does, there are zeros and nothing to learn from. A
+    completion that was cut off is compared and then masked out, where `mask_truncated_completions` asks for that.
     """
     mask = rollout.batch["response_mask"]
     known = scored.groups(~np.isnan(scored.scores))
@@ -39,6 +39,9 @@ def add_advantages(rollout: DataProto, scored: Scored, adv_estimator: str, args)
     rewards[numbers, scored.lengths - 1] = torch.from_numpy(np.nan_to_num(scored.scores))
     if args.use_kl_in_reward:
         rewards -= args.kl_coef * mask * token_kl(rollout, args.kl_penalty)
+    if not mask.any():  # what REINFORCE++ makes white is the batch, which it can't do to an empty one
+        rollout.batch["advantages"] = rollout.batch["returns"] = torch.zeros(mask.shape)
+        return
     options = {"norm_adv_by_std_in_grpo": args.norm_adv_by_std_in_grpo} if adv_estimator == "grpo" else {}
     advantages, returns = get_adv_estimator_fn(adv_estimator)(
         token_level_rewards=rewards,

@@ -36,6 +36,20 @@ LOSS_MODES = ("vanilla", "gspo")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_LOSS_TYPES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+# What is out of its range fails later or means something else than one would think: a max_grad_norm of 0 scales every
+# gradient to nothing, a rollout_is_threshold of 0 every weight, and by a lora_r of 0 verl means no adapter at all.
+COUNTS = ("total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu")
+COUNTS += ("max_num_gen_batches", "val_n", "test_freq", "save_freq", "save_total_limit", "logging_steps", "nproc")
+COUNTS += ("max_prompt_length", "max_response_length", "reward_num_workers", "lora_r", "lora_alpha")
+MORE_THAN_ZERO = ("learning_rate", "temperature", "val_temperature", "max_grad_norm", "rollout_is_threshold")
+MORE_THAN_ZERO += ("reward_timeout",)
+NOT_NEGATIVE = ("seed", "lr_warmup_steps", "weight_decay", "clip_ratio_low", "clip_ratio_high", "entropy_coeff")
+NOT_NEGATIVE += ("kl_loss_coef", "kl_coef", "overlong_buffer_len", "overlong_penalty_factor")
+RANGES = {
+    "at least 1": (COUNTS, lambda value: value >= 1),
+    "more than 0": (MORE_THAN_ZERO, lambda value: value > 0),
+    "at least 0": (NOT_NEGATIVE, lambda value: value >= 0),
+}
 
 
 @dataclass
@@ -83,7 +97,7 @@ class DataArguments:
         default=300.0, metadata={"help": "Seconds that it has for a completion; what takes longer has failed."}
     )
     reward_num_workers: int = field(
-        default=8, metadata={"help": "Completions that it is asked about side by side; 1 where it can't bear that."}
+        default=8, metadata={"help": "Processes with its file loaded, each asked about a completion at a time."}
     )
     skip_bad_rewards: bool = field(
         default=False, metadata={"help": "Leave a completion out, and count it, where the reward function fails on it."}
@@ -218,17 +232,19 @@ def refuse_flags_without_effect(model_args: ModelArguments, data_args: DataArgum
         raise UserError("--validation_split has no effect with --eval_data_path; give one of them.")
 
 
+def check_ranges(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError for a number that is out of its range, as nan is of each; what isn't given is in it."""
+    given = vars(model_args) | vars(data_args) | vars(args)
+    for range_, (names, is_within) in RANGES.items():
+        for name in names:
+            if given[name] is not None and not is_within(given[name]):
+                raise UserError(f"--{name} {given[name]}: must be {range_}.")
+
+
 def check_values(data_args: DataArguments, args: TrainingArguments) -> None:
     """Raises UserError for a flag whose value can't work."""
     if args.algorithm not in ALGORITHMS:
         raise UserError(f"--algorithm {args.algorithm}: known are {', '.join(ALGORITHMS)}.")
-    counts = ["total_training_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs", "val_n", "test_freq"]
-    counts += ["save_freq", "save_total_limit", "logging_steps", "max_num_gen_batches"]
-    given = {name: getattr(args, name) for name in counts} | {"max_response_length": data_args.max_response_length}
-    given["reward_num_workers"] = data_args.reward_num_workers
-    for name, number in given.items():
-        if number < 1:
-            raise UserError(f"--{name} {number}: must be at least 1.")
     choices = {
         **{"lr_scheduler_type": SCHEDULES, "loss_agg_mode": LOSS_AGG_MODES, "loss_mode": LOSS_MODES},
         **{"kl_loss_type": KL_LOSS_TYPES, "kl_penalty": KL_ESTIMATORS, "rollout_is": (None, "token", "sequence")},
@@ -239,22 +255,15 @@ def check_values(data_args: DataArguments, args: TrainingArguments) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: known are {', '.join(filter(None, known))}.")
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to}: it isn't installed; pip install {args.report_to}.")
-    if args.overlong_buffer_len is not None and not 0 <= args.overlong_buffer_len <= data_args.max_response_length:
+    if (args.overlong_buffer_len or 0) > data_args.max_response_length:
         raise UserError(
             f"--overlong_buffer_len {args.overlong_buffer_len}: at most --max_response_length "
             f"{data_args.max_response_length}, the tokens that a completion may have; 0 for none."
         )
-    if data_args.reward_timeout <= 0:
-        raise UserError(f"--reward_timeout {data_args.reward_timeout}: give more than 0 seconds.")
     if args.rollout_n < 2:
         raise UserError(
             f"--rollout_n {args.rollout_n}: a completion is compared with the others of its group; give 2 or more."
         )
-    for name in ("temperature", "val_temperature"):
-        if getattr(args, name) <= 0:
-            raise UserError(
-                f"--{name} {getattr(args, name)}: completions must differ to be compared; give more than 0."
-            )
     if args.train_batch_size % args.ppo_mini_batch_size:
         raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of --ppo_mini_batch_size "
@@ -293,6 +302,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TrainingArguments]
         model_args, data_args, args = parser.parse_args_into_dataclasses(words)
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(str(error)) from None
+    check_ranges(model_args, data_args, args)
     check_values(data_args, args)
     fill_by_hardware(model_args, data_args, args)
     refuse_flags_without_effect(model_args, data_args, args)

@@ -29,7 +29,7 @@ def build_demo(before, after, reward_function, max_new_tokens: int, title: str =
 
     Args:
         before, after: pairs of model and tokenizer.
-        reward_function: judges the completions, as in training.
+        reward_function: judges the completions, as in training (a `RewardFunction`).
         max_new_tokens: a completion is cut off there and counts as not finished.
     """
 
@@ -90,8 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets the whole network in")
     parser.add_argument("--port", type=int, default=7860, help="port of the page")
     parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
+    parser.add_argument("--reward_timeout", type=float, default=300.0, help="seconds that it has for a completion")
     args = parser.parse_args(argv)
-    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function)
+    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function, args.reward_timeout)
     demo = build_demo(models["before"], models["after"], reward_function, max_new_tokens)
     demo.launch(server_name=args.host, server_port=args.port, footer_links=[])
 

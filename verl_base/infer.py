@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data import VALIDATION, Prompt, load_prompts
-from reward_manager import call_reward_function, load_reward_function
+from reward_manager import load_reward_function
 from rows import UserError
 from tokenizer import find_end_of_turn, find_stop_tokens
 
@@ -55,12 +55,15 @@ def read_results(path: str) -> dict:
     return json.loads(results.read_text("utf-8"))
 
 
-def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, tuple], object, int]:
+def load_run(
+    path: str, reward_function: str | None = None, timeout: float = 300.0
+) -> tuple[dict[str, tuple], object, int]:
     """What the page and the command line ask.
 
     Args:
         path: the output folder of a run.
         reward_function: file.py:function; the run's own unless given.
+        timeout: seconds that it has for a completion.
 
     Returns:
         Model and tokenizer `before` and `after` the training, the reward function, tokens of the longest completion.
@@ -69,7 +72,8 @@ def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, t
         UserError: no run has come to its end there, or its model or reward function is gone.
     """
     results = read_results(path)
-    judge, trust = load_reward_function(reward_function or results["reward_function"]), results["trust_remote_code"]
+    trust = results["trust_remote_code"]
+    judge = load_reward_function(reward_function or results["reward_function"], timeout=timeout)
     models = {"before": load_trained_model(results["model"], trust), "after": load_trained_model(path, trust)}
     return models, judge, results["max_response_length"]
 
@@ -78,7 +82,14 @@ def load_run(path: str, reward_function: str | None = None) -> tuple[dict[str, t
 def sample_scored(
     model, tokenizer, prompt: Prompt, reward_function, max_new_tokens: int, n: int = 8, temperature: float = 1.0
 ):
-    """n sampled completions to one prompt, as dicts, with what the reward function gives each (`score`, `acc` ...)."""
+    """n sampled completions to one prompt, as dicts, with what the reward function gives each (`score`, `acc` ...).
+
+    Args:
+        reward_function: a `RewardFunction`.
+
+    Raises:
+        UserError: it failed on one of them.
+    """
     inputs = tokenizer.apply_chat_template(
         prompt.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -92,13 +103,14 @@ def sample_scored(
         pad_token_id=tokenizer.pad_token_id,
     )
     sequences = model.generate(**inputs.to(model.device), generation_config=settings)
-    rows = []
+    asked = []
     for ids in sequences[:, inputs["input_ids"].shape[1] :]:
         ends = torch.isin(ids, torch.tensor(model.generation_config.eos_token_id, device=ids.device)).nonzero()
         finished = len(ends) > 0
         completion = tokenizer.decode(ids[: ends[0, 0]] if finished else ids)  # as in training, special tokens and all
-        rows.append({"completion": completion, **call_reward_function(reward_function, prompt, completion, finished)})
-    return rows
+        asked.append((prompt, completion, finished))
+    said = zip(asked, reward_function.ask(asked), strict=True)
+    return [{"completion": completion, **figures} for (_, completion, _), figures in said]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,10 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--file", help="prompts as train.py reads them; the run's validation prompts unless given")
     parser.add_argument("--first", type=int, default=5, help="so many of the file's prompts")
     parser.add_argument("--reward_function", help="file.py:function; the run's own unless given")
+    parser.add_argument("--reward_timeout", type=float, default=300.0, help="seconds that it has for a completion")
     parser.add_argument("--n", type=int, default=8, help="completions to each")
     parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args(argv)
-    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function)
+    models, reward_function, max_new_tokens = load_run(args.model, args.reward_function, args.reward_timeout)
     if args.question:
         messages = [{"role": "user", "content": args.question}]
         prompts = [Prompt(messages, args.ground_truth, args.data_source, source="--question")]

@@ -127,7 +127,7 @@ def build_tiny_model(sft_path: Path, seed: int, folder: Path) -> None:
     model, tokenizer = build_untuned(rows, seed)
     print("tuning the tiny model on worked examples until it gets about a third of new questions right ...", flush=True)
     # More of them only wait for each other, on a model so small and a machine that others use, too.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    torch.set_num_threads(int((os.environ.get("OMP_NUM_THREADS") or "1").split(",")[0]))  # 4,2: nested teams
     accuracy = tune_for_a_moment(model, tokenizer, rows, seed)
     print(f"... {accuracy:.0%} of the sampled completions are right", flush=True)
     model.save_pretrained(folder)

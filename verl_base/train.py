@@ -58,18 +58,23 @@ from worker_groups import compute_log_probs, needs_reference, sample, start_work
 def describe_run(model_args, data_args, args, prompts: list, validation: list) -> dict:
     """What decides the numbers, and so must be the same for a checkpoint to be continued.
 
-    Free are memory, looks and saves, and under a constant rate the number of steps, on which nothing depends then.
+    Free are memory, looks and saves, the names of files whose contents are hashed here, and under a constant rate the
+    number of steps, on which nothing depends then.
     """
     settings = dataclasses.asdict(args) | dataclasses.asdict(model_args)
     for name in ("output_dir", "overwrite_output_dir", "logging_steps", "save_freq", "save_total_limit", "test_freq"):
         del settings[name]
     for name in ("ppo_max_token_len_per_gpu", "gradient_checkpointing", "report_to", "trust_remote_code"):
         del settings[name]
+    for name in ("val_n", "val_temperature"):
+        del settings[name]
     if args.lr_scheduler_type == "constant":
         del settings["total_training_steps"]
     settings["model's files"] = hash_model_files(model_args.model_name_or_path)
-    settings["reward_function"] = data_args.reward_function
-    settings["its file"] = hashlib.sha256(Path(data_args.reward_function.rpartition(":")[0]).read_bytes()).hexdigest()
+    if settings["model's files"]:  # not a hub id
+        del settings["model_name_or_path"]
+    path, _, settings["reward_function"] = data_args.reward_function.rpartition(":")
+    settings["its file"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     settings["max_response_length"] = data_args.max_response_length
     settings["prompts"] = hash_prompts(prompts + validation)
     return json.loads(json.dumps(settings))
@@ -109,17 +114,17 @@ def rollout_statistics(rollout: DataProto, scored: Scored) -> dict[str, float]:
     """
     mask = rollout.batch["response_mask"].bool()
     log_probs = rollout.batch["old_log_probs"][mask]
+    scores = scored.scores[~np.isnan(scored.scores)]
     values = {name: values[np.isfinite(values)] for name, values in scored.parts.items()}
     return {
-        "reward": float(np.nanmean(scored.scores)),
-        "reward_std": float(np.nanstd(scored.scores)),
+        **({"reward": float(scores.mean()), "reward_std": float(scores.std())} if len(scores) else {}),
         **{name: float(known.mean()) for name, known in values.items() if len(known)},
         "completion_length": float(scored.lengths.mean()),
         "longest_completion": int(scored.lengths.max()),
         "finished": float(scored.finished.mean()),
         **({"entropy": -log_probs.mean().item()} if len(log_probs) else {}),
         "zero_variance_groups": int(find_zero_variance_groups(scored, scored.scores).sum()),
-        "bad_rewards": int(np.isnan(scored.scores).sum()),
+        "bad_rewards": len(scored.scores) - len(scores),
     }
 
 
@@ -135,7 +140,7 @@ def take_step(policy, reference, rollout, scored, args) -> dict[str, float]:
     add_advantages(rollout, scored, ALGORITHMS[args.algorithm]["adv_estimator"], args)
     metrics = rollout_statistics(rollout, scored)
     mask = rollout.batch["response_mask"]
-    if args.rollout_is:
+    if args.rollout_is and mask.any():
         metrics["rollout_is_mean"] = weigh_rollout(rollout, args)
     if args.use_kl_in_reward and mask.any():
         metrics["kl"] = float(token_kl(rollout, args.kl_penalty)[mask.bool()].mean())
@@ -155,15 +160,17 @@ def take_step(policy, reference, rollout, scored, args) -> dict[str, float]:
 def evaluate(policy, prompts: list[Prompt], tokenizer, reward_function, data_args, args):
     """Validation prompts, `val_n` completions each: pass@1 is the mean of `acc`, pass@n whether one of the n is right.
 
+    A completion without a score is not right; `bad_rewards` counts them, where there are some.
+
     Returns:
         These figures by name, and what they were made of (Scored).
     """
     rollout = sample(policy, prompts, tokenizer.pad_token_id, args.val_n, args.val_temperature, args.seed)
-    scored = score_completions(rollout, prompts, tokenizer, reward_function, data_args)
+    scored = score_completions(rollout, prompts, tokenizer, reward_function, data_args, may_all_fail=True)
     right = scored.groups(np.nan_to_num(scored.right))
     statistics = rollout_statistics(rollout, scored)
     scores = {"pass@1": float(right.mean()), f"pass@{args.val_n}": float(right.max(1).mean())}
-    shown = ("format", "completion_length", "finished")
+    shown = ("format", "completion_length", "finished") + ("bad_rewards",) * bool(statistics["bad_rewards"])
     return scores | {name: statistics[name] for name in shown if name in statistics}, scored
 
 
@@ -238,10 +245,8 @@ def main():
     flags = parse_arguments()
     try:
         train(*flags)
-    except KeyboardInterrupt:
-        sealed = any(is_complete(checkpoint) for checkpoint in list_checkpoints(Path(flags[2].output_dir)))
-        after = "the same command goes on from the last checkpoint" if sealed else "no checkpoint was written yet"
-        print(f"\ninterrupted; {after}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; {str(interrupt) or 'nothing was trained yet'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         raised = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
@@ -252,8 +257,47 @@ def main():
             raise raised from error
 
 
+def find_own_checkpoint(args, run: dict) -> tuple[str | None, bool, list[str]]:
+    """`find_checkpoint`, where a run that came to its end goes on if more steps are asked for.
+
+    Raises:
+        UserError: the folder is another run's, or that run has no checkpoint left to go on from.
+    """
+    checkpoint, finished, messages = find_checkpoint(args.output_dir, run, args.overwrite_output_dir)
+    if not finished:
+        return checkpoint, finished, messages
+    report = Path(args.output_dir, "train_results.json")
+    steps = json.loads(report.read_text("utf-8"))["after"]["step"]
+    if steps >= args.total_training_steps:
+        return checkpoint, finished, messages
+    if not has_checkpoint(args.output_dir):
+        raise UserError(
+            f"{args.output_dir} holds a model finished after {steps} steps, but no complete checkpoint from which to "
+            f"go on to {args.total_training_steps}. Give that model (an adapter merged first) to a run in another "
+            "--output_dir / OUTPUT as its --model_name_or_path, or start afresh by --overwrite_output_dir true."
+        )
+    report.unlink()  # it says that nothing is left
+    return find_checkpoint(args.output_dir, run, overwrite=False)
+
+
+def has_checkpoint(output_dir: str) -> bool:
+    return any(is_complete(checkpoint) for checkpoint in list_checkpoints(Path(output_dir)))
+
+
+def say_how_to_go_on(args) -> str:
+    """What an interrupted run needs, once the checkpoints in its folder are its own."""
+    if not has_checkpoint(args.output_dir):
+        return "no checkpoint was written yet"
+    without = " without --overwrite_output_dir" if args.overwrite_output_dir else ""
+    return f"the same command{without} goes on from the last checkpoint"
+
+
 def train(model_args, data_args, args) -> None:
-    """The run, from the files to the report."""
+    """The run, from the files to the report.
+
+    Raises:
+        KeyboardInterrupt: with what there is to say of going on, or empty before anything was trained.
+    """
     started = time.perf_counter()
     flags = model_args, data_args, args
     lock = lock_output_dir(args.output_dir)
@@ -261,27 +305,28 @@ def train(model_args, data_args, args) -> None:
     if model_name == "tiny":
         model_args.model_name_or_path = tiny_model_folder(data_args.data_path, args.seed)
     tokenizer = load_tokenizer(model_args)
-    reward_function = load_reward_function(data_args.reward_function)
+    workers, timeout = data_args.reward_num_workers, data_args.reward_timeout
+    reward_function = load_reward_function(data_args.reward_function, workers, timeout)
     prompts, validation = load_split(data_args, tokenizer, args.seed, args.output_dir)
     check_groups(prompts, data_args, args)
     run = describe_run(model_args, data_args, args, prompts, validation)
-    checkpoint, finished, messages = find_checkpoint(args.output_dir, run, args.overwrite_output_dir)
+    checkpoint, finished, messages = find_own_checkpoint(args, run)
     if finished:
-        report = Path(args.output_dir, "train_results.json")
-        if json.loads(report.read_text("utf-8"))["after"]["step"] >= args.total_training_steps:
-            return print(*messages)
-        report.unlink()  # it says that nothing is left, but more steps are asked for
-        checkpoint, _, messages = find_checkpoint(args.output_dir, run, overwrite=False)
-    save_prompts(validation, Path(args.output_dir, VALIDATION))
-    print_run_summary(model_name, prompts, validation, tokenizer, args, messages)
-    with local_cluster(args.nproc, args.output_dir) as pool:
-        policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
-        history = run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags)
-        policy.save_model(args.output_dir)
-        share_weights(Path(args.output_dir))
-    results = summarise(history, model_args, data_args, started)
-    save_report(args.output_dir, history, results)
+        return print(*messages)
+    try:
+        save_prompts(validation, Path(args.output_dir, VALIDATION))
+        print_run_summary(model_name, prompts, validation, tokenizer, args, messages)
+        with local_cluster(args.nproc, args.output_dir) as pool:
+            policy, reference = start_workers(pool, model_args, args, tokenizer, data_args.max_response_length)
+            history = run_steps(policy, reference, prompts, validation, tokenizer, reward_function, checkpoint, flags)
+            policy.save_model(args.output_dir)
+            share_weights(Path(args.output_dir))
+        results = summarise(history, model_args, data_args, started)
+        save_report(args.output_dir, history, results)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(say_how_to_go_on(args)) from None
     print(json.dumps(results, indent=2))
+    reward_function.close()
     lock.close()
 
 

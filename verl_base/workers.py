@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig, PretrainedConfig
 from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
@@ -13,18 +14,37 @@ from verl.workers.engine_workers import TrainingWorker
 from rollout import sample_completions, unsharded
 
 
-def switch_off_dropout(model) -> None:
+def switch_off_dropout(model) -> list[tuple[PretrainedConfig, str, float]]:
     """In every pass: completions are sampled without it, and a policy that hasn't changed must have a ratio of 1.
 
     The training mode itself stays, since gradient checkpointing asks for it. Modules of Transformers keep the
-    probability of a functional dropout in an attribute (attention_dropout, dropout, layerdrop ...).
+    probability of a functional dropout in an attribute (attention_dropout, dropout, layerdrop ...), or read it from
+    their config in each pass, as Persimmon's attention does.
+
+    Returns:
+        Config, name and value of what the configs said, which a saved model should go on saying.
     """
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
+    configs = [getattr(module, "config", None) for module in modules]
+    configs = list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
+    said = [(config, *pair) for config in configs for pair in vars(config).items()]
+    said = [(config, name, value) for config, name, value in said if "drop" in name and isinstance(value, float)]
+    for owner in modules + configs:
+        for name, value in vars(owner).items():
             if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
+    return said
+
+
+def make_savable(config: GenerationConfig) -> None:
+    """Values for sampling without a word on do_sample mean to sample; saving refuses them else (transformers#29988)."""
+    if config.do_sample is None and config.temperature:
+        config.do_sample = True
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
 
 
 class PolicyWorker(TrainingWorker):
@@ -53,7 +73,8 @@ class PolicyWorker(TrainingWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
         super().reset()
-        switch_off_dropout(self.engine.module)
+        self.dropout = switch_off_dropout(self.engine.module)
+        make_savable(self.engine.module.generation_config)
 
     def train_batch(self, data):
         """One optimizer step, unless no token of the mini-batch, of all ranks together, is there to learn from.
@@ -123,9 +144,13 @@ class PolicyWorker(TrainingWorker):
         state = get_fsdp_full_state_dict(self.engine.module, offload_to_cpu=True, rank0_only=True)
         if self.rank == 0:
             self.engine.module.generation_config.eos_token_id = self.stop_tokens  # for who serves or asks it later
+            for config, name, value in self.dropout:  # for who trains it further
+                setattr(config, name, value)
             for name in ("adapter_*", "model*.safetensors*"):  # of a run before this one: an adapter would be preferred
                 for old in Path(path).glob(name):
                     old.unlink()
+            GenerationConfig(eos_token_id=self.stop_tokens).save_pretrained(path)  # a whole model writes its own
             self.engine.module.save_pretrained(path, state_dict=state)
+            switch_off_dropout(self.engine.module)
             self.tokenizer.save_pretrained(path)
         torch.distributed.barrier()

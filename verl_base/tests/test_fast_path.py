@@ -1,13 +1,19 @@
 """The fast path against plain verl and Transformers: the same probabilities, losses and gradients."""
 
+import copy
+import runpy
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_workers import cut_off, with_advantages
+from transformers import AttentionInterface
+from verl.utils import torch_functional
+from verl.workers.engine import EngineRegistry
 
 import worker_groups
+from conftest import RECIPE
 from data import load_prompts
 from fast_path import SampledTokens
 from worker_groups import compute_log_probs, sample, update_policy
@@ -22,6 +28,22 @@ def test_tokens_are_sampled_by_their_probabilities():
     torch.testing.assert_close(shares, probabilities, atol=0.005, rtol=0)  # three standard errors
     assert not shares[probabilities == 0].any()
     torch.testing.assert_close(sampled.log_probs[0][:, 0], probabilities[tokens].log())
+
+
+def test_nothing_is_patched_until_a_process_asks_for_it(monkeypatch):
+    """The file's own code run once more, which importing it did long before this test."""
+
+    def patched():
+        return torch_functional.logprobs_from_logits_v2, AttentionInterface._global_mapping["sdpa"]
+
+    monkeypatch.setattr(torch_functional, "logprobs_from_logits_v2", torch_functional.logprobs_from_logits_v2)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", AttentionInterface._global_mapping["sdpa"])
+    monkeypatch.setattr(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines))
+    before, engines = patched(), copy.deepcopy(EngineRegistry._engines)
+    file = runpy.run_path(str(RECIPE / "fast_path.py"))
+    assert patched() == before and EngineRegistry._engines == engines
+    file["install"]()
+    assert patched() == (file["log_probs_of_labels"], file["grouped_sdpa"]) and EngineRegistry._engines != engines
 
 
 def test_fast_path_is_plain_verl(start, parse_arguments, data_file, tokenizer, policy_folder, tmp_path, monkeypatch):

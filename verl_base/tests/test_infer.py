@@ -16,7 +16,7 @@ import demo
 from conftest import RECIPE, make_policy
 from data import Prompt
 from infer import load_trained_model, main, read_results, sample_scored
-from rewards import compute_score
+from reward_manager import load_reward_function
 from rows import UserError
 
 CHROMIUM = shutil.which("chromium")
@@ -53,13 +53,17 @@ def test_command_line_asks_both_models(output, capsys, tmp_path):
     assert "一加二等于几？  [三]" in lines and sum(line.endswith("[7.25]") for line in lines) > 2
     assert [line.split(":")[0].strip() for line in lines if "mean score" in line] == ["before", "after"]
     assert sum(int(line.split(" x ")[0]) for line in lines if " x " in line and line.endswith("]")) == 6
+    (tmp_path / "my_rewards.py").write_text("import re\ndef score(**_):\n    re.fullmatch('(x+x+)+y', 'x' * 40)\n")
+    with pytest.raises(UserError, match="TimeoutError: no score after 0.5 seconds"):
+        main([output, "--question", "一", "--n", "1", *own, "--reward_timeout", "0.5"])
 
 
 def test_samples_are_judged_by_the_reward_function(output, tokenizer):
     Path(output, "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "top_p": 0.001}))
     model, _ = load_trained_model(output)
     prompt = Prompt([{"role": "user", "content": "一加二等于几？"}], "三", "arithmetic", "here")
-    rows = sample_scored(model, tokenizer, prompt, compute_score, max_new_tokens=64, n=4)
+    reward_function = load_reward_function(f"{RECIPE}/rewards.py:compute_score")
+    rows = sample_scored(model, tokenizer, prompt, reward_function, max_new_tokens=64, n=4)
     assert len({row["completion"] for row in rows}) == 4  # of all tokens, whatever the folder recommends
     assert all({"completion", "score", "acc", "format"} <= set(row) for row in rows)
     with pytest.raises(UserError, match="no train_results.json there"):

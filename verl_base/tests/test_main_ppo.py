@@ -18,7 +18,7 @@ from base03_main_ppo.check_configs import ALGORITHMS, SCRIPTS, check_script
 from base03_main_ppo.make_parquet import make_parquet, read_rows
 from base03_main_ppo.untuned import save_untuned
 from conftest import QUESTIONS, RECIPE, addresses_listened_on, processes_of, write_rows
-from reward_manager import load_reward_function
+from judge import import_reward_function
 from rows import UserError
 
 # A policy with random weights writes 48 tokens of nonsense.
@@ -163,7 +163,7 @@ def test_ppo_learns_from_a_reward_and_listens_to_this_machine_only(tmp_path, tas
     shown = read_log(output)
     scores = find_metric("critic/score/mean", shown)
     rows = [json.loads(line) for line in (output / "rollouts" / "1.jsonl").read_text("utf-8").splitlines()]
-    reward = load_reward_function(reward_file)
+    reward = import_reward_function(reward_file)
     expected = [reward("arithmetic", row["output"], row["gts"])["score"] for row in rows]
     assert len(rows) == 40 and len(set(expected)) > 1
     assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-6)

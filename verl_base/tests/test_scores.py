@@ -1,7 +1,5 @@
 """Judging and comparing: advantages by hand, completions without a score, groups of equal scores."""
 
-import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +16,9 @@ from advantages import (
     select_groups,
     weigh_rollout,
 )
-from conftest import write_rows
 from data import Prompt, prompts_of_draw
-from reward_manager import Scored, call_reward_function, load_reward_function, score_completions
+from judge import call_reward_function
+from reward_manager import Scored, arguments_of, score_completions
 from rows import UserError
 
 
@@ -47,9 +45,25 @@ def make_rollout(tokenizer, completions: list[str], width: int = 6, prompt_lengt
     )
 
 
+class InThisProcess:
+    """A function of the test in the place of a `RewardFunction`."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def ask(self, asked, skip_failures: bool = False) -> list:
+        return [self.answer(*one) for one in asked]
+
+    def answer(self, *one):
+        try:
+            return call_reward_function(self.function, arguments_of(*one))
+        except ValueError as error:
+            return UserError(str(error))
+
+
 def asking(**changes) -> SimpleNamespace:
     """The flags by which completions are scored."""
-    return SimpleNamespace(**({"skip_bad_rewards": True, "reward_num_workers": 1, "reward_timeout": 60.0} | changes))
+    return SimpleNamespace(**({"skip_bad_rewards": True} | changes))
 
 
 def learning(**changes) -> SimpleNamespace:
@@ -69,10 +83,8 @@ def judge(tokenizer, scores: list[float], completions: list[str] | None = None, 
     """Rollout and judgement with given scores."""
     rollout = make_rollout(tokenizer, completions or ["一二"] * len(scores))
     given = iter(scores)
-    scored = score_completions(
-        rollout, make_prompts(prompts), tokenizer, lambda **_: {"score": next(given), "acc": 1.0}, asking()
-    )
-    return rollout, scored
+    reward = InThisProcess(lambda **_: {"score": next(given), "acc": 1.0})
+    return rollout, score_completions(rollout, make_prompts(prompts), tokenizer, reward, asking())
 
 
 def test_reward_function_sees_the_completion_and_its_row(tokenizer):
@@ -82,7 +94,7 @@ def test_reward_function_sees_the_completion_and_its_row(tokenizer):
         seen.append((data_source, solution_str, ground_truth, extra_info["finished"]))
         return 1
 
-    rollout = make_rollout(tokenizer, ["一加二", "三", "四五", "六"])
+    rollout, reward = make_rollout(tokenizer, ["一加二", "三", "四五", "六"]), InThisProcess(reward)
     scored = score_completions(rollout, make_prompts(2), tokenizer, reward, asking(skip_bad_rewards=False))
     assert seen == [("arithmetic", completion, "八", True) for completion in ("一加二", "三", "四五", "六")]
     assert scored.lengths.tolist() == [4, 2, 3, 2] and scored.right.tolist() == [1] * 4
@@ -187,7 +199,8 @@ def test_length_is_punished_toward_the_limit(tokenizer):
 def test_cut_off_completions_are_compared_but_not_learned_from(tokenizer):
     rollout = make_rollout(tokenizer, ["一", "一二三四五六七", "二", "三"])
     given = iter([1.0, 0.0, 0.0, 0.0])
-    scored = score_completions(rollout, make_prompts(1), tokenizer, lambda **_: next(given), asking())
+    reward = InThisProcess(lambda **_: next(given))
+    scored = score_completions(rollout, make_prompts(1), tokenizer, reward, asking())
     add_advantages(rollout, scored, "grpo", learning(mask_truncated_completions=True))
     assert scored.finished.tolist() == [True, False, True, True]
     assert rollout.batch["response_mask"].sum(1).tolist() == [2, 0, 2, 2]
@@ -210,7 +223,7 @@ def test_dapo_replaces_groups_that_are_all_right(tokenizer, monkeypatch):
         return {"score": 1 + well_formed, "acc": float(well_formed or extra_info["question"] == "问0")}
 
     monkeypatch.setattr(train, "sample", sample_two)
-    flags = asking(max_response_length=6)
+    flags, reward = asking(max_response_length=6), InThisProcess(reward)
     _, scored, draw = train.collect_step(None, prompts, 0, tokenizer, reward, flags, args)
     assert draw == 2 and prompts[0] in drawn[0] and prompts[0] not in scored.prompts
     assert scored.scores.tolist() == [2.0, 0.75, 2.0, 0.75] and scored.parts["acc"].tolist() == [1, 0, 1, 0]
@@ -229,7 +242,7 @@ def test_groups_of_equal_scores_are_counted(tokenizer):
 def test_groups_are_selected_and_joined(tokenizer):
     first, scored = judge(tokenizer, [1.0, 1.0, 0.0, 1.0], ["一", "二", "三", "四"])
     second = make_rollout(tokenizer, ["五", "六"], prompt_length=5)
-    other = score_completions(second, make_prompts(1), tokenizer, lambda **_: 0.5, asking(skip_bad_rewards=False))
+    other = score_completions(second, make_prompts(1), tokenizer, InThisProcess(lambda **_: 0.5), asking())
     other.parts = {"acc": np.array([0.0, 0.0]), "bonus": np.array([1.0, 0.0])}
     joined, all_scored = join_rollouts([select_groups(first, scored, np.array([1])), (second, other)])
     assert all_scored.completions == ["三", "四", "五", "六"] and all_scored.scores.tolist() == [0.0, 1.0, 0.5, 0.5]
@@ -238,83 +251,6 @@ def test_groups_are_selected_and_joined(tokenizer):
     assert joined.batch["prompts"].shape == (4, 5) and joined.batch["attention_mask"].shape == (4, 11)
     assert joined.batch["attention_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert [prompt.source for prompt in all_scored.prompts] == ["my.jsonl:2", "my.jsonl:1"]
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("raise KeyError('x')", "KeyError: 'x'"),
-        ("raise SystemExit('no API key')", "SystemExit: no API key"),
-        ("return float('nan')", "the score is nan"),
-        ("return {'acc': 1.0}", "KeyError: 'score'"),
-        ("return None", "TypeError"),
-    ],
-)
-def test_failing_reward_function_is_reported_with_its_sample(tmp_path, tokenizer, body, message):
-    path = tmp_path / "my_rewards.py"
-    path.write_text(f"def score(solution_str, **_):\n    if solution_str != '二':\n        return 1.0\n    {body}\n")
-    reward = load_reward_function(f"{path}:score")
-    rollout = make_rollout(tokenizer, ["一", "二", "一", "一"])
-    with pytest.raises(UserError, match="the reward function failed on the completion '二' to '问0'") as error:
-        score_completions(rollout, make_prompts(2), tokenizer, reward, asking(skip_bad_rewards=False))
-    assert str(error.value).startswith("my.jsonl:1: ") and message in str(error.value)
-    scored = score_completions(rollout, make_prompts(2), tokenizer, reward, asking())
-    assert np.isnan(scored.scores).tolist() == [False, True, False, False]
-    with pytest.raises(UserError, match="on every completion of a step"):
-        score_completions(make_rollout(tokenizer, ["二", "二"]), make_prompts(1), tokenizer, reward, asking())
-
-
-def test_hanging_judge_ends_with_its_sample(tokenizer):
-    """Several hang at a time: all are given up together, and the others have their scores."""
-    hang = threading.Event()
-    rollout = make_rollout(tokenizer, ["一", "二", "三", "四", "五", "六"])
-
-    def reward(solution_str, **_):
-        if solution_str in "一三":
-            hang.wait()
-        return 1.0
-
-    flags = {"reward_num_workers": 2, "reward_timeout": 0.5}
-    started = time.monotonic()
-    scored = score_completions(rollout, make_prompts(2), tokenizer, reward, asking(**flags))
-    assert np.isnan(scored.scores).tolist() == [True, False, True, False, False, False]
-    assert time.monotonic() - started < 5
-    with pytest.raises(UserError, match="completion '一' to '问0': TimeoutError: no score after 0.5 seconds"):
-        score_completions(rollout, make_prompts(2), tokenizer, reward, asking(**flags, skip_bad_rewards=False))
-    hang.set()
-
-
-def test_judges_that_wait_are_asked_side_by_side(tokenizer):
-    meeting = threading.Barrier(4, timeout=30)  # broken unless four are asked at once
-    rollout = make_rollout(tokenizer, ["一", "二", "三", "四"])
-    flags = asking(reward_num_workers=4, skip_bad_rewards=False)
-    scored = score_completions(
-        rollout,
-        make_prompts(1),
-        tokenizer,
-        lambda solution_str, **_: meeting.wait() * 0 + "一二三四".index(solution_str),
-        flags,
-    )
-    assert scored.scores.tolist() == [0, 1, 2, 3]
-
-
-def test_reward_function_may_return_what_is_no_number(tmp_path, tokenizer):
-    path = tmp_path / "my_rewards.py"
-    path.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport numpy as np\n\n"
-        "@dataclass\nclass Rule:\n    weight: float | None = 1.0\n\n"
-        "def score(**_):\n    return {'score': '0.5', 'pred': None, 'said': [1], 'acc': np.True_, 'n': np.int64(2)}\n"
-    )
-    reward, prompt = load_reward_function(f"{path}:score"), make_prompts(1)[0]
-    assert call_reward_function(reward, prompt, "一", True) == {"score": 0.5, "acc": 1.0, "n": 2.0}
-
-
-@pytest.mark.parametrize("name", ["my_rewards.py", "nowhere.py:score", "my_rewards.py:other", "score"])
-def test_reward_function_that_is_not_there(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "my_rewards.py", [])
-    with pytest.raises(UserError, match="--reward_function"):
-        load_reward_function(name)
 
 
 def test_right_is_the_score_where_there_is_no_accuracy():

@@ -2,13 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+)
 
+import train
 from conftest import make_policy
 from data import load_prompts
+from reward_manager import Scored
 from worker_groups import compute_log_probs, policy_loss, sample, update_policy
+from workers import make_savable, switch_off_dropout
 
 
 def load_plain(folder) -> torch.nn.Module:
@@ -114,8 +126,84 @@ def test_completions_end_with_a_stop_token(start, parse_arguments, prompts, toke
         expected = plain_log_probs(model, batch)
     torch.testing.assert_close(batch["old_log_probs"], expected, atol=1e-5, rtol=0)
     policy.save_model(str(tmp_path / "learned"))
+    assert json.loads((tmp_path / "learned" / "config.json").read_text())["attention_dropout"] == 0.3  # as it came
     saved = json.loads((tmp_path / "learned" / "generation_config.json").read_text())
     assert {name: saved.get(name) for name in recommended} == recommended | {"eos_token_id": stops}
+
+
+def judged(prompts, rollout, scores, finished: bool = True) -> Scored:
+    """What a reward function might say of it, score by score."""
+    lengths = rollout.batch["response_mask"].sum(1).numpy()
+    ends = np.full(len(scores), finished)
+    return Scored(prompts, [""] * len(scores), np.array(scores), {}, lengths, ends)
+
+
+def test_a_step_weighs_the_rollout_and_measures_the_way_from_the_reference(start, parse_arguments, prompts, tokenizer):
+    """The whole of `take_step`, whose rollout is by another kernel than the trainer's, as it were."""
+    flags = {"algorithm": "reinforce_plus_plus", "recompute_log_probs": "true", "rollout_is": "token", "kl_coef": 0.5}
+    model_args, _, args = parse_arguments(**flags)
+    policy, reference = start(model_args, args)
+    scores = [1.0, 0.0, 0.5, 0.0] * 4
+    for seed in (1, 2):  # after the first step the policy is another one than the reference
+        rollout = sample(policy, prompts[:4], tokenizer.pad_token_id, 4, temperature=1.0, seed=seed)
+        batch, mask = rollout.batch, rollout.batch["response_mask"].clone()
+        sampled = (batch["old_log_probs"] - 0.3 * torch.arange(len(mask))[:, None] % 2) * mask
+        batch["old_log_probs"] = sampled.clone()
+        ours, theirs = (compute_log_probs(workers, rollout, args) * mask for workers in (policy, reference))
+        metrics = train.take_step(policy, reference, rollout, judged(prompts[:4], rollout, scores), args)
+    said = mask.bool()
+    torch.testing.assert_close(batch["rollout_log_probs"], sampled)
+    torch.testing.assert_close((batch["old_log_probs"] * mask), ours)
+    weights = (ours - sampled).exp().clamp(max=2.0)
+    assert weights[said].max() > weights[said].min() + 0.3
+    torch.testing.assert_close(batch["rollout_is_weights"][said], weights[said])
+    assert metrics["rollout_is_mean"] == pytest.approx(weights[said].mean().item(), rel=1e-5)
+    torch.testing.assert_close(batch["ref_log_prob"] * mask, theirs)
+    kl = (ours - theirs) * mask
+    assert metrics["kl"] == pytest.approx(kl[said].mean().item(), abs=1e-6) and kl.abs().max() > 1e-3
+    expected = torch.tensor(scores) - 0.5 * kl.sum(1)  # of all that is to come at the first token
+    torch.testing.assert_close(batch["returns"][:, 0], expected, atol=1e-5, rtol=0)
+    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
+
+    # Nothing to learn from: no group with two scores; all completions cut off and masked.
+    before = compute_log_probs(policy, rollout, args) * mask
+    nan = float("nan")
+    for scores, masked in (([1.0, nan, nan, nan] * 4, False), ([1.0, 0.0, 0.5, 0.0] * 4, True)):
+        rollout = sample(policy, prompts[:4], tokenizer.pad_token_id, 4, temperature=1.0, seed=3)
+        args.mask_truncated_completions = masked
+        scored = judged(prompts[:4], rollout, scores, finished=not masked)
+        metrics = train.take_step(policy, reference, rollout, scored, args)
+        assert metrics["skipped_updates"] == 2 and not {"grad_norm", "loss", "rollout_is_mean", "kl"} & set(metrics)
+        assert not rollout.batch["response_mask"].any() and metrics["learning_rate"] > 0
+    rollout.batch["responses"], rollout.batch["input_ids"] = batch["responses"], batch["input_ids"]
+    for name in ("attention_mask", "position_ids", "response_mask"):
+        rollout.batch[name] = batch[name]
+    torch.testing.assert_close(compute_log_probs(policy, rollout, args) * mask, before, atol=0, rtol=0)
+
+
+SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64)  # modules: 0.1 each
+PERSIMMON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2), {("attn_pdrop", 0.1), ("embd_pdrop", 0.1), ("resid_pdrop", 0.1)}),
+        (
+            # read from its config in each pass
+            lambda: PersimmonForCausalLM(PersimmonConfig(**SMALL, **PERSIMMON, pad_token_id=0, attention_dropout=0.3)),
+            {("attention_dropout", 0.3)},
+        ),
+    ],
+)
+def test_dropout_is_off_wherever_a_model_keeps_it(make, said):
+    model = make().train()
+    ids = torch.arange(3, 23).view(2, 10)
+    assert (model(ids).logits - model(ids).logits).abs().max() > 1e-3
+    found = switch_off_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits) and model.training
+    assert {(name, value) for _, name, value in found if value} >= said
 
 
 def clipped(ratio, advantages):
@@ -152,6 +240,18 @@ def gspo_loss(difference, to_reference, advantages, weights, mask):
 
 DR_GRPO = {"loss_agg_mode": "seq-mean-token-sum-norm"}
 GSPO = {"loss_mode": "gspo", "loss_agg_mode": "seq-mean-token-mean", "kl_loss_type": "k1+"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({"temperature": 0.6, "top_p": 0.9}, 0.6), ({"temperature": 0.0}, None), ({"do_sample": False, "top_k": 5}, None)],
+)
+def test_settings_for_sampling_can_be_saved(settings, kept, tmp_path):
+    config = GenerationConfig(**settings, eos_token_id=[1, 2])
+    make_savable(config)
+    config.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.temperature, saved.eos_token_id) == (kept, [1, 2]) and bool(saved.do_sample) == (kept is not None)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +324,8 @@ def test_lora_learns_adapters_only(start, parse_arguments, rollout_file, policy_
     policy.save_model(str(tmp_path / "adapter"))
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    saved = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [AutoTokenizer.from_pretrained(policy_folder).eos_token_id]
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(plain_log_probs(loaded, rollout.batch), after, atol=1e-5, rtol=0)
