@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
-from data import hash_code
+from data import hash_code, number_of
 from images import CACHE_DIR, ImageError, Reference, in_processes, load_image, read_image_bytes
 from rows import UserError
 
@@ -94,15 +94,18 @@ class Pixels:
     def from_image(self, image: Image.Image) -> np.ndarray:
         return self.from_images([image])[0]
 
-    def from_references(self, references: list[Reference]) -> Iterator[np.ndarray]:
-        """The pictures of a data set, (3, height, width) each; raises ImageError where one has changed meanwhile."""
-        for start in range(0, len(references), DECODED_AT_ONCE):
+    def from_references(self, pictures: list[tuple[int, Reference]]) -> Iterator[np.ndarray]:
+        """Pictures by id and place, (3, height, width) each; raises ImageError where one has changed meanwhile."""
+        for start in range(0, len(pictures), DECODED_AT_ONCE):
             images = []
-            for reference in references[start : start + DECODED_AT_ONCE]:
+            for image_id, reference in pictures[start : start + DECODED_AT_ONCE]:
                 try:
-                    images.append(load_image(read_image_bytes(*reference)))
+                    data = read_image_bytes(*reference)
+                    if number_of(hashlib.sha256(data).hexdigest()) != image_id:
+                        raise ImageError("it is another picture")
+                    images.append(load_image(data))
                 except ImageError as error:
-                    raise ImageError(f"{reference.path}, checked before, is broken now: {error}") from None
+                    raise ImageError(f"{reference.path} was changed since it was checked: {error}") from None
             yield from self.from_images(images)
 
     def from_rows(self, rows: list[dict]) -> np.ndarray:
@@ -119,8 +122,8 @@ class Pixels:
                 os.preadv(file, [pixels[row]], int(places[row]) * pixels[row].nbytes)
             os.close(file)
         others = np.flatnonzero(~kept)
-        references = [Reference(*(rows[row][name] for name in Reference._fields)) for row in others]
-        for row, found in zip(others, self.from_references(references), strict=True):
+        pictures = [(rows[i]["image_id"], Reference(*(rows[i][name] for name in Reference._fields))) for i in others]
+        for row, found in zip(others, self.from_references(pictures), strict=True):
             pixels[row] = found
         return pixels
 
@@ -154,18 +157,18 @@ class Pixels:
                 allowed = f"--image_cache_gb {self.image_cache_gb:g}, {free / 1e9:.1f} GB free on the disk"
                 return f"no pixel cache, images are decoded at each step: it would take {size / 1e9:.3f} GB ({allowed})"
             if not is_there:
-                items = [(number, Reference(*places[image])) for number, image in enumerate(ids.tolist())]
+                items = [(number, (image, Reference(*places[image]))) for number, image in enumerate(ids.tolist())]
                 Path(scratch, "whole").touch()
                 in_processes(self.write_some, items, (f"{scratch}/whole",), "images resized")
                 os.rename(f"{scratch}/whole", file)
         self.cache_file, self.kept_ids = file, ids
         return f"pixel cache: {len(ids):,} images, {size / 1e9:.2f} GB, {file}"
 
-    def write_some(self, items: list[tuple[int, Reference]], path: str) -> None:
+    def write_some(self, items: list[tuple[int, tuple[int, Reference]]], path: str) -> None:
         """Writes some pictures' pixels to their places in the file."""
-        numbers, references = zip(*items, strict=True)
+        numbers, pictures = zip(*items, strict=True)
         with open(path, "r+b") as file:
-            for number, pixels in zip(numbers, self.from_references(references), strict=True):
+            for number, pixels in zip(numbers, self.from_references(pictures), strict=True):
                 file.seek(number * pixels.nbytes)
                 file.write(pixels.tobytes())
 

@@ -1,5 +1,6 @@
 """Pixels are the processor's, each pair comes once an epoch, groups stay together, ranks get equal shares."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,11 +87,14 @@ def test_kept_pixels_are_the_decoded_ones_and_need_no_picture(pairs, tmp_path, m
     assert others[1].cache_file is None and np.array_equal(others[1].from_rows(rows), decoded)
 
 
-def test_a_picture_that_broke_since_it_was_checked_is_named(pairs, tmp_path):
-    (tmp_path / "images/3.png").write_bytes(b"nothing")
+@pytest.mark.parametrize("change", ["it is another picture", "can't be read"])
+def test_a_picture_that_was_changed_since_it_was_checked_is_named(pairs, tmp_path, change):
+    (tmp_path / "images/3.png").unlink()
+    if change == "it is another picture":
+        shutil.copy(tmp_path / "images/4.png", tmp_path / "images/3.png")
     pixels = Pixels(ViTImageProcessorPil(**SMALL), image_cache_gb=1)
     for use in (pixels.keep, lambda rows: pixels.from_rows(list(rows))):
-        with pytest.raises(UserError, match=r"images/3.png, checked before, is broken now: no picture"):
+        with pytest.raises(UserError, match=rf"images/3.png was changed since it was checked: {change}"):
             use(pairs)
     assert not list((tmp_path / "cache").glob("tmp*")) and not list((tmp_path / "cache").glob("pixels-*[!k]"))
 
