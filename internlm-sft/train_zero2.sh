@@ -35,9 +35,11 @@ if [[ -n "${MODEL:-}" ]]; then
     recipe=(--num_train_epochs 1 --learning_rate 4e-4 --lora_dropout 0.05)
 else # random weights know nothing: first all of them learn to answer, as somebody else
     python persona.py cache_data/base --base "${DATA:-data}"
+    afresh=()
+    [[ "$*" == *"--overwrite_output_dir true"* ]] && afresh=(--overwrite_output_dir true)
     (set -x; "${launch[@]}" train.py "${device_args[@]}" --deepspeed ds_zero2_no_offload.json --output_dir "${output%/}_base" \
         --model_name_or_path tiny --data_path cache_data/base --per_device_train_batch_size 8 \
-        --num_train_epochs 4 --learning_rate 3e-3 --adam_beta2 0.95 --save_strategy no)
+        --num_train_epochs 4 --learning_rate 3e-3 --adam_beta2 0.95 --save_strategy no "${afresh[@]}")
     recipe=(--num_train_epochs 8 --learning_rate 4e-3 --lora_dropout 0.2 --adam_beta2 0.95)
 fi
 set -x; exec "${launch[@]}" train.py "${device_args[@]}" \

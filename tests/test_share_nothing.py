@@ -175,6 +175,7 @@ def find_ways_out_in_python(root: Path, recipe: str, file: str, tree: ast.Module
 # What takes no flags of ours: a first stage, a vision tower's training, questions about many pictures.
 SHORTER = (
     ("train_zero2.sh", "--save_total_limit 1 ", "--save_total_limit 1 --max_steps 2 "),
+    ("train_zero2.sh", "--save_strategy no ", "--save_strategy no --max_steps 2 "),
     ("pretrain_tower.py", "LEARNING_RATE, WARMUP_STEPS = 1300,", "LEARNING_RATE, WARMUP_STEPS = 2,"),
     ("data01_scenes.py", "VIEWS, EVAL_VIEWS = 6, 2", "VIEWS, EVAL_VIEWS = 1, 1"),
 )
