@@ -174,7 +174,7 @@ def test_a_model_trained_on_each_stops_by_itself(chat):
             {"role": role, "content": "".join(draw.choices("天地玄黄宇宙洪荒日月", k=6))}
             for role in ("user", "assistant")
         ]
-        for _ in range(24)
+        for _ in range(12)
     ]
     examples = [encode_conversation(row, chat)[0] for row in rows]
     length = max(len(example["input_ids"]) for example in examples)
@@ -187,7 +187,7 @@ def test_a_model_trained_on_each_stops_by_itself(chat):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(chat), **sizes, **heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    for _ in range(100):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -196,9 +196,9 @@ def test_a_model_trained_on_each_stops_by_itself(chat):
     prompts = encode_prompts(chat, [row[:1] for row in rows])
     replies = model.eval().generate(**prompts, do_sample=False, max_new_tokens=40, eos_token_id=stops, pad_token_id=0)
     replies = replies[:, prompts["input_ids"].shape[1] :].tolist()
-    assert sum(any(stop in reply for stop in stops) for reply in replies) >= 23
+    assert sum(any(stop in reply for stop in stops) for reply in replies) >= 11
     said = [chat.decode(reply, skip_special_tokens=True).strip() for reply in replies]
-    assert sum(reply.endswith(row[1]["content"]) for reply, row in zip(said, rows, strict=True)) >= 23
+    assert sum(reply.endswith(row[1]["content"]) for reply, row in zip(said, rows, strict=True)) >= 11
 
 
 def make_llama_tokenizer(legacy: bool) -> LlamaTokenizer:
