@@ -94,13 +94,14 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
     """Steps of train.py as its driver makes them."""
     from cluster import local_cluster
     from data import load_split
-    from rewards import compute_score
+    from reward_manager import load_reward_function
     from tokenizer import load_tokenizer
     from train import collect_step, take_step
     from worker_groups import start_workers
 
     model_args, data_args, args = our_flags(model, output, processes)
     tokenizer = load_tokenizer(model_args)
+    reward_function = load_reward_function(data_args.reward_function, data_args.reward_num_workers)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     lengths = []
     with local_cluster(processes, output) as pool:
@@ -108,7 +109,7 @@ def measure_ours(model: str, steps: int, processes: int, output: str) -> dict:
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 started, cpu = time.perf_counter(), cpu_seconds()
-            rollout, scored, _ = collect_step(policy, prompts, step, tokenizer, compute_score, data_args, args)
+            rollout, scored, _ = collect_step(policy, prompts, step, tokenizer, reward_function, data_args, args)
             lengths.append(take_step(policy, reference, rollout, scored, args)["completion_length"])
         cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - started
     return {"completions": steps * PROMPTS * GROUP, "cpu": cpu, "seconds": seconds, "length": statistics.mean(lengths)}
@@ -209,7 +210,7 @@ def save_our_updates(model: str, output: str) -> dict[str, list[float]]:
     import worker_groups
     from advantages import add_advantages
     from data import load_split
-    from rewards import compute_score
+    from reward_manager import load_reward_function
     from tokenizer import load_tokenizer
     from train import collect_step
     from worker_groups import compute_log_probs, start_workers, update_policy
@@ -217,10 +218,11 @@ def save_our_updates(model: str, output: str) -> dict[str, list[float]]:
     flags = model_args, data_args, args = comparison_flags(model, output)
     worker_groups.FSDPOptimizerConfig = functools.partial(worker_groups.FSDPOptimizerConfig, optimizer="SGD")
     tokenizer = load_tokenizer(model_args)
+    reward_function = load_reward_function(data_args.reward_function)
     prompts, _ = load_split(data_args, tokenizer, args.seed, output)
     with cluster.local_cluster(1, output) as pool:
         policy, reference = start_workers(pool, model_args, args, tokenizer, LENGTH)
-        rollout, scored, _ = collect_step(policy, prompts, 0, tokenizer, compute_score, *flags[1:])
+        rollout, scored, _ = collect_step(policy, prompts, 0, tokenizer, reward_function, *flags[1:])
         reference = compute_log_probs(reference, rollout, args)
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
         rollout.batch["ref_log_prob"] = reference + 0.3 * noise  # as if the policy had moved on
