@@ -70,6 +70,8 @@ def check_schedule(trainer, use_lora: bool) -> list[str]:
         UserError: the learning rate would be 0 throughout, by a warm-up that was asked for.
     """
     args, messages = trainer.args, []
+    if args.torch_compile:
+        messages.append("compiled: the plain step, without the fast path")
     *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if steps == 1 and args.get_warmup_steps(steps) > 0 and args.lr_scheduler_type != "constant":
         if args.warmup_steps != TrainingArguments.warmup_steps:
@@ -146,8 +148,6 @@ def train(model_args, data_args, args) -> None:
     if not model_args.use_lora:  # an adapter is saved without it
         messages += mend_generation_config(model)
     messages += describe_adapters(model, model_args)
-    if args.torch_compile:
-        messages.append("compiled: the plain step, without the fast path")
 
     trainer = SFTTrainer(
         model=model,

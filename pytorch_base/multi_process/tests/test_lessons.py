@@ -30,6 +30,8 @@ ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 # What the lessons import; torch.optim and DDP import the second when they are first used.
 MODULES = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 MODULES += ["torch.distributed.tensor.parallel", "torch.distributed.pipelining"]
+# What two machines call the first of them, and where the machines' own name leads.
+NETWORKS = [("one machine", ""), *(("192.168.78.1", f"127.0.{i}.1") for i in (0, 1)), ("first", "127.0.1.1")]
 # All three ways to start a process, and the lessons' usual one with shared memory.
 AS_TYPED = ("bash", "python code01", "python code02")
 # Command -> what has to be printed. A group is a number, and its bound stands behind: it has to be below.
@@ -298,16 +300,11 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-@pytest.fixture(
-    params=[("one machine", ""), ("192.168.78.1", "127.0.0.1"), ("192.168.78.1", "127.0.1.1"), ("first", "127.0.1.1")],
-    ids=" ".join,
-)
+@pytest.fixture(params=NETWORKS, ids=" ".join)
 def machines(request):
     """What runs a command on each of two machines, and the first one's address, or its name.
 
-    They are network namespaces joined by a cable, where the machine's own name leads to the second parameter, as in
-    containers and on Debian. Of two nodes gloo lets the one with the larger address call the other: their addresses are
-    larger than 127.0.x.1, where the first, if it went by that, would wait in vain.
+    Network namespaces joined by a cable, their addresses above 127.0.x.1: of two, gloo lets the larger call the other.
     """
     address, own = request.param
     if address == "one machine":
@@ -327,9 +324,8 @@ def machines(request):
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "link", "set", f"cable{node}", "up")
         Path("/etc/netns", name).mkdir(parents=True)  # what `ip netns exec` shows as /etc
-        first = "192.168.78.1" if node else own
-        hosts = f"127.0.0.1 localhost\n{own} {os.uname().nodename}\n{first} first\n"
-        Path("/etc/netns", name, "hosts").write_text(hosts)
+        lines = ["127.0.0.1 localhost", f"{own} {os.uname().nodename}", f"{'192.168.78.1' if node else own} first"]
+        Path("/etc/netns", name, "hosts").write_text("\n".join([*lines, ""]))
     yield [["ip", "netns", "exec", name] for name in names], address
     for name in names:
         ip("netns", "delete", name)
